@@ -1,0 +1,9 @@
+"""See shufflenet_jax/commands/evaluate.py, which holds this command."""
+
+import sys
+
+from shufflenet_jax.cli import run
+from shufflenet_jax.commands.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,165 @@
+"""Model directories and training checkpoints on disk: the only file that imports orbax.
+
+A model directory holds `model.json` and the variables; a training workdir holds `model.json` and numbered checkpoints
+with the variables and, beside them, what the optimiser needs to go on.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from .config import ModelInfo
+from .errors import InputError
+from .files import written_aside
+from .model import ShuffleNetV2, variable_shapes
+
+INFO, VARIABLES, OPTIMIZER, STEPS = "model.json", "variables", "optimizer", "checkpoints"
+
+
+def module_of(info, **settings):
+    """The ShuffleNetV2 that a ModelInfo describes; settings like `dtype` and `lowering` are added."""
+    names = ("width", "num_classes", "in_chans", "layout", "small_stem", "conv5", "dropout")
+    return ShuffleNetV2(**{name: getattr(info, name) for name in names}, **settings)
+
+
+def save_model(directory, info, variables, *, overwrite=False):
+    """Writes a model directory: whole, or not at all.
+
+    Raises:
+      InputError: something lies there already, and `overwrite` is off; or the place cannot be written.
+    """
+    directory = Path(directory).absolute()
+    require_free(directory, overwrite=overwrite)
+    with written_aside(directory) as draft:
+        draft.mkdir()
+        (draft / INFO).write_text(info.to_json(), encoding="utf-8")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(draft / VARIABLES, jax.tree.map(np.asarray, variables))
+
+
+def require_free(directory, *, overwrite):
+    """Raises InputError if a model directory cannot be put there."""
+    directory = Path(directory)
+    if directory.exists() and not (overwrite and (directory / INFO).is_file()):
+        advice = "choose another --out" if overwrite else "choose another --out, or add --overwrite to replace a model"
+        raise InputError(f"{directory} exists already; {advice}")
+
+
+def load_model(checkpoint, **settings):
+    """The model in a model directory, a training workdir (its best checkpoint, else the latest) or a .pth file.
+
+    Args:
+      checkpoint: its path; a .pth file is converted once and kept in the cache.
+      settings: of the module, like `dtype` and `lowering`.
+    Returns:
+      (module, variables, ModelInfo); variables are NumPy arrays.
+    Raises:
+      InputError: nothing usable lies there.
+    """
+    directory = Path(checkpoint).expanduser().absolute()
+    if directory.is_file():
+        from .porting import convert  # Needs torch, which nothing else here does.
+
+        directory = convert.cached(directory)
+    info = read_info(directory)
+    module = module_of(info, **settings)
+    if (directory / STEPS).is_dir():
+        directory = _best_or_latest(directory)
+    return module, _restore(directory / VARIABLES, variable_shapes(module)), info
+
+
+def read_info(directory):
+    """The ModelInfo of a model directory or a training workdir."""
+    try:
+        return ModelInfo.from_json((directory / INFO).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no model at {directory}: it has no {INFO}; give a model directory, a training workdir or a .pth file"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{directory / INFO} cannot be read: {error}") from error
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from error
+
+
+def _restore(path, shapes):
+    """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(path, item=shapes, restore_args=as_numpy)
+    except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {reason}") from error
+    return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
+
+
+def _best_or_latest(workdir):
+    with TrainingCheckpoints(workdir, keep=1, read_only=True) as checkpoints:
+        step = checkpoints.best_step()
+    if step is None:
+        raise InputError(f"{workdir} holds no finished checkpoint yet; let the training run on")
+    return workdir / STEPS / str(step)
+
+
+class TrainingCheckpoints:
+    """The numbered checkpoints of a workdir: the newest few and the best by top-1, each written whole or not at all.
+
+    Args:
+      workdir: the training's folder.
+      keep: how many of the newest to keep.
+      read_only: only look at what is there.
+    """
+
+    def __init__(self, workdir, *, keep=1, read_only=False):
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=_top1,
+            read_only=read_only,
+            create=not read_only,
+        )
+        self.directory = Path(workdir).absolute() / STEPS
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(VARIABLES, OPTIMIZER))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()  # Waits for the checkpoint that is being written.
+
+    def latest_step(self):
+        """The newest finished checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self):
+        """The step with the highest top-1, or None."""
+        return self._manager.best_step()
+
+    def save(self, step, variables, optimizer, metrics):
+        """Starts writing a checkpoint in the background, from copies of the arrays."""
+        items = {VARIABLES: ocp.args.StandardSave(variables), OPTIMIZER: ocp.args.StandardSave(optimizer)}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, step, variables, optimizer):
+        """The trees saved at a step as NumPy arrays, in the form of the given ones (arrays or shapes)."""
+        folder = self.directory / str(step)
+        return _restore(folder / VARIABLES, variables), _restore(folder / OPTIMIZER, optimizer)
+
+
+def _top1(metrics):
+    return metrics["top1"]
+
+
+def _best_or_latest(workdir):
+    with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.best_step()
+    if step is None:
+        raise InputError(f"{workdir} holds no finished checkpoint yet; let the training run on")
+    return workdir / STEPS / str(step)

@@ -1,0 +1,1 @@
+"""The commands: arguments first, then the story in calls. The scripts at the top level run these."""

@@ -1,0 +1,82 @@
+"""`eval.py`: top-1, top-5 and loss of a checkpoint on a data set, prepared as the checkpoint's authors did."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checkpoint
+from ..cli import CommandLine, positive_integer, progress
+from ..data.pipeline import eval_batches
+from ..data.sources import open_source
+from ..errors import InputError
+from ..evaluation import Evaluator
+from ..files import written_aside
+from ..ops import LOWERINGS
+
+DESCRIPTION = "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss."
+EXPECTED = {  # option: (figure, type, meaning)
+    "--expect-top1-correct": ("top1_correct", int, "number of images whose label must come first"),
+    "--expect-top5-correct": ("top5_correct", int, "number of images whose label must be among the first five"),
+    "--expect-top1": ("top1", float, "top-1 accuracy it must reach, in percent to two decimals"),
+    "--expect-top5": ("top5", float, "top-5 accuracy it must reach, in percent to two decimals"),
+}
+
+
+def main(argv):
+    options = parse(argv)
+    module, variables, info = checkpoint.load_model(
+        options.checkpoint, dtype=jnp.dtype(options.dtype), lowering=options.lowering
+    )
+    if not info.num_classes:
+        raise InputError(f"{options.checkpoint} has no classifier and so no accuracy; choose another checkpoint")
+    source = open_source(options.data, options.split, classes=info.classes, num_classes=info.num_classes)
+    total = min(options.limit or len(source), len(source))
+
+    evaluate = Evaluator(module, info.preprocess, flip=options.tta == "flip")
+    batches = eval_batches(source, info.preprocess, batch_size=min(options.batch_size, total), limit=total)
+    figures, rows = evaluate(variables, shown(batches, total), keep_logits=bool(options.predictions))
+
+    if options.predictions:
+        with written_aside(options.predictions) as draft, open(draft, "wb") as file:
+            np.savez(file, **rows)
+    figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
+    missed = misses(figures, options)
+    print(*missed, sep="", end="", file=sys.stderr)
+    print(json.dumps(figures))
+    return 1 if missed else 0
+
+
+def parse(argv):
+    parser = CommandLine(prog="eval.py", description=DESCRIPTION)
+    parser.add_argument("--checkpoint", required=True, help="a model directory, a training workdir or a .pth file")
+    parser.add_argument("--data", required=True, help="'digits' or a folder of images: see README.md")
+    parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
+    parser.add_argument("--batch-size", type=positive_integer, default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--limit", type=positive_integer, help="evaluate only that many images, the first ones")
+    parser.add_argument("--tta", choices=["flip"], help="average the probabilities of each image and its mirror image")
+    parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the computation")
+    parser.add_argument("--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference")
+    for option, (figure, kind, meaning) in EXPECTED.items():
+        parser.add_argument(option, type=kind, metavar="N" if kind is int else "P", help=f"{meaning}, else exit 1")
+    return parser.parse_args(argv)
+
+
+def shown(batches, total):
+    """The batches as they come, with a progress bar that counts their images."""
+    with progress(total=total, unit="image", desc="evaluating") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(int(batch["mask"].sum()))
+
+
+def misses(figures, options):
+    """A line for each expectation on the command line that the figures do not meet."""
+    lines = []
+    for option, (figure, _, _) in EXPECTED.items():
+        wanted = getattr(options, option[2:].replace("-", "_"))
+        if wanted is not None and figures[figure] != wanted:
+            lines.append(f"{figure} is {figures[figure]}, not {wanted} as {option} expects\n")
+    return lines

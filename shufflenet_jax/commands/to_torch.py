@@ -1,0 +1,25 @@
+"""`convert/to_torch.py`: a model directory becomes a PyTorch checkpoint in any dialect of its wiring."""
+
+import torch
+
+from ..cli import CommandLine
+from ..files import written_aside
+from ..porting import convert
+from ..porting.dialects import DIALECTS
+
+DESCRIPTION = "Write a model directory as a PyTorch checkpoint; what was converted from PyTorch comes back bit for bit."
+
+
+def main(argv):
+    parser = CommandLine(prog="to_torch.py", description=DESCRIPTION)
+    parser.add_argument("dir", help="a model directory or a training workdir")
+    parser.add_argument("--dialect", choices=DIALECTS, required=True, help="the project whose names to use")
+    parser.add_argument("--out", required=True, help="the file to write")
+    options = parser.parse_args(argv)
+
+    tensors = convert.back_to_torch(options.dir, options.dialect)
+    content = {"meta": {}, "state_dict": tensors} if options.dialect == "mmpretrain" else tensors
+    with written_aside(options.out) as draft:
+        torch.save(content, draft)
+    print(f"wrote {options.out}: {len(tensors)} tensors")
+    return 0

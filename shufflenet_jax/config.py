@@ -1,0 +1,192 @@
+"""Settings as frozen dataclasses: how images are prepared, what a model is, how it is trained.
+
+The published preprocessing follows the evaluation code of MMPretrain, torchvision and Megvii.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an encoded image to the network's input. Everything up to the crop is uint8; the rest runs on the device."""
+
+    # "cv2" turns the image as its EXIF orientation says; "pillow" leaves it as it is stored.
+    decoder: Literal["cv2", "pillow"]
+    # Length of the short side after resizing, in pixels.
+    resize: int
+    # "pillow" filters when it shrinks (antialiasing) and rounds the long side down, "cv2" samples and rounds to nearest.
+    backend: Literal["pillow", "cv2"]
+    # Side of the square cut from the centre, in pixels.
+    crop: int
+    # Order of the channels that the network expects; "L" is grey.
+    channel_order: Literal["RGB", "BGR", "L"]
+    # Multiplies the uint8 values, before mean and std.
+    scale: float
+    # Subtracted, then divided by: one value per channel in channel_order.
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["bilinear"] = "bilinear"
+
+    def __post_init__(self):
+        channels = 1 if self.channel_order == "L" else 3
+        if not 0 < self.crop <= self.resize:
+            raise InputError(f"preprocess.crop is {self.crop}, but must lie between 1 and preprocess.resize")
+        if len(self.mean) != channels or len(self.std) != channels or not all(self.std):
+            raise InputError(f"preprocess.mean and std must hold {channels} values each, std none of them 0")
+
+    @property
+    def channels(self):
+        return len(self.mean)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MMPRETRAIN_EVAL = Preprocess(
+    "cv2", 256, "pillow", 224, "RGB", 1.0, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
+)
+TORCHVISION_EVAL = Preprocess("pillow", 256, "pillow", 224, "RGB", 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
+TORCHVISION_EVAL_LARGE = dataclasses.replace(TORCHVISION_EVAL, resize=232)  # The weights of 1.5x and 2.0x.
+MEGVII_EVAL = Preprocess("pillow", 256, "cv2", 224, "BGR", 1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+DIGITS_EVAL = Preprocess("pillow", 32, "pillow", 32, "L", 1 / 255, mean=(0.305,), std=(0.376,))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What model.json holds: all that is needed to build the network and to feed it as its authors did."""
+
+    width: float
+    layout: str
+    num_classes: int  # 0: no classifier.
+    preprocess: Preprocess
+    classes: tuple[str, ...] | None = None  # Name of each label; WNIDs for ImageNet.
+    in_chans: int = 3
+    small_stem: bool = False
+    conv5: bool = True
+    dropout: float = 0.0
+    source: dict = field(default_factory=dict)  # File name, sha256 and dialect, or the training configuration.
+    metrics: dict | None = None
+
+    def __post_init__(self):
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise InputError(f"model.json names {len(self.classes)} classes, but num_classes is {self.num_classes}")
+        if self.preprocess.channels != self.in_chans:
+            raise InputError(f"model.json prepares {self.preprocess.channels} channels, but in_chans is {self.in_chans}")
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text):
+        """Reads what `to_json` wrote. Raises InputError on anything else."""
+        try:
+            values = json.loads(text)
+            values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
+            return cls(**_tuples(values))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"model.json is not a model description: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of a ShuffleNetV2."""
+
+    # Data: "digits", or a folder of images, <split>/<class>/<image> or with lists meta/<split>.txt.
+    data: str
+    # Split to train on.
+    train_split: str = "train"
+    # Split to evaluate on; by default the first of val, validation and test that the data has.
+    eval_split: str | None = None
+    # Width of the network: 0.5, 1.0, 1.5 or 2.0.
+    width: float = 1.0
+    # Wiring of the network; "megvii" is the authors' own.
+    layout: Literal["torchvision", "megvii"] = "torchvision"
+    # First convolution with stride 1 and no max pool after it, for images of 16 to 64 pixels.
+    small_stem: bool = False
+    # Input channels: 3 for colour, 1 for grey.
+    in_chans: int = 3
+    # Side of the square input, in pixels.
+    image_size: int = 224
+    # Dropout rate before the classifier.
+    dropout: float = 0.0
+    # Largest random shift of a training image, in pixels; uncovered pixels become 0.
+    shift: int = 0
+    # Passes over the training data.
+    epochs: int = 300
+    # Images per step, over all devices and hosts.
+    batch_size: int = 1024
+    # Images per evaluation step, over all devices and hosts.
+    eval_batch_size: int = 1024
+    # Learning rate at the first step after warm-up; it falls linearly to 0.
+    learning_rate: float = 0.5
+    # Steps at the start which run at a tenth of the learning rate.
+    warmup_steps: int = 0
+    # Momentum of SGD.
+    momentum: float = 0.9
+    # Coupled L2 penalty, on everything but batch norm's scale and bias.
+    weight_decay: float = 4e-5
+    # Type of the computation; parameters, statistics and logits stay float32 (float64 with float64).
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # How the operations are lowered; "plain" is the slow reference.
+    lowering: Literal["auto", "shifted", "plain"] = "auto"
+    # Recompute each unit in the backward pass: less memory, more time.
+    remat: bool = False
+    # Seed of initialisation, order and augmentation.
+    seed: int = 0
+    # Epochs between evaluations; each is followed by a checkpoint, and so is the last step.
+    eval_every: int = 1
+    # Steps between two lines of the training log.
+    log_every: int = 100
+    # Newest checkpoints to keep; the best is always kept too.
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "eval_batch_size", "image_size", "eval_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "shift"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be 0 or more")
+        for name in ("momentum", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if self.width not in (0.5, 1.0, 1.5, 2.0):
+            raise InputError(f"width is {self.width}, but must be 0.5, 1.0, 1.5 or 2.0")
+        if self.in_chans not in (1, 3):
+            raise InputError(f"in_chans is {self.in_chans}, but must be 3 or 1")
+
+    @property
+    def preprocess(self):
+        """How evaluation prepares an image for the network that this configuration trains."""
+        base = DIGITS_EVAL if self.in_chans == 1 else MMPRETRAIN_EVAL
+        if self.image_size < 128:  # Images are small to begin with: keep their borders.
+            return dataclasses.replace(base, resize=self.image_size, crop=self.image_size)
+        return dataclasses.replace(base, resize=round(self.image_size * 256 / 224), crop=self.image_size)
+
+
+PRESETS = {
+    # The 8x8 digits inside scikit-learn, enlarged: shows in minutes on a laptop that all parts work together.
+    "digits": TrainConfig(
+        data="digits",
+        width=0.5,
+        small_stem=True,
+        in_chans=1,
+        image_size=32,
+        shift=2,
+        epochs=20,
+        batch_size=64,
+        eval_batch_size=128,
+        learning_rate=0.1,
+        log_every=20,
+        eval_every=2,
+    ),
+}
+
+
+def _tuples(values):
+    """JSON knows lists alone; the dataclasses hold tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

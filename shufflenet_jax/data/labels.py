@@ -1,0 +1,11 @@
+"""The 1000 classes of ILSVRC2012 in label order: WNID and a short name, from the challenge's own list."""
+
+from functools import cache
+from importlib.resources import files
+
+
+@cache
+def imagenet_classes():
+    """{WNID: short name}, in label order."""
+    lines = files(__package__).joinpath("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t") for line in lines)

@@ -1,0 +1,146 @@
+"""Labelled images by position: class folders, MMPretrain's lists, and the digits inside scikit-learn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+EVAL_SPLITS = ("val", "validation", "test")
+
+
+class Example(NamedTuple):
+    name: str
+    image: bytes | np.ndarray  # Encoded, or uint8 (H, W, 3) RGB or (H, W) grey.
+    label: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A random-access list of examples: `source[i]` reads the i-th, from any thread or process."""
+
+    size: int
+    read: Callable[[int], Example]
+    num_classes: int
+    classes: tuple[str, ...] | None  # Name of each label, where the data knows them.
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+
+def open_source(data, split=None, *, classes=None, num_classes=None):
+    """Opens what `--data` names.
+
+    Args:
+      data: "digits" or a folder, with `<split>/<class>/<image>` or `meta/<split>.txt`.
+      split: its split; None takes the first of val, validation and test that exists.
+      classes: the names that decide the labels of class folders; by default the folders present, in sorted order.
+      num_classes: the classes of the model that will read the data, where there is one.
+    Raises:
+      InputError: nothing usable lies there, or its labels are not those of the model.
+    """
+    source = _open_digits(split) if data == "digits" else _open_folder(Path(data).expanduser(), split, classes)
+    if num_classes is not None and source.num_classes != num_classes:
+        # A list names no classes: its largest label only bounds how many there are.
+        if source.classes is not None or source.num_classes > num_classes:
+            raise InputError(
+                f"the data {data} has {source.num_classes} classes, but the model has {num_classes}; "
+                "choose a checkpoint that was trained on these classes"
+            )
+    return source
+
+
+def _open_digits(split):
+    """1,797 grey 8x8 digits: a fifth, drawn with seed 0, is split "test" (359), the rest "train"."""
+    from sklearn.datasets import load_digits  # Costs a second to import.
+
+    if split not in (None, "train", *EVAL_SPLITS):
+        raise InputError(f"the digits have no split {split!r}; use train or test")
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    held_out = len(order) // 5
+    chosen = order[held_out:] if split == "train" else order[:held_out]
+    images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    labels = digits.target[chosen]
+
+    def read(index):
+        return Example(f"digit{chosen[index]:04d}", images[index], int(labels[index]))
+
+    return Source(len(chosen), read, 10, tuple("0123456789"))
+
+
+def _open_folder(root, split, classes):
+    if not root.is_dir():
+        raise InputError(f"no data at {root}; give 'digits' or a folder of images")
+    if split is None:
+        split = next((s for s in EVAL_SPLITS if (root / s).is_dir() or (root / "meta" / f"{s}.txt").is_file()), None)
+        if split is None:
+            raise InputError(f"{root} has none of the splits {', '.join(EVAL_SPLITS)}; name one with --split")
+    listing = root / "meta" / f"{split}.txt"
+    if listing.is_file():
+        return _open_list(listing, root / split)
+    if not (root / split).is_dir():
+        raise InputError(f"{root} has no split {split!r}: neither a folder {split} nor a list meta/{split}.txt")
+    return _open_classes(root / split, classes)
+
+
+def _open_list(listing, folder):
+    """MMPretrain's form: a line `file label` for each image below the split's folder."""
+    names, labels = [], []
+    for number, line in enumerate(listing.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdecimal():
+            raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 up")
+        names.append(name)
+        labels.append(int(label))
+    if not names:
+        raise InputError(f"{listing} lists no images")
+
+    def read(index):
+        return Example(names[index], _read_file(folder / names[index]), labels[index])
+
+    return Source(len(names), read, max(labels) + 1, None)
+
+
+def _open_classes(folder, classes):
+    """One folder a class; `classes` decides the labels, also of data that holds only some of them."""
+    present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = tuple(present) if classes is None else tuple(classes)
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise InputError(
+            f"{folder} has folders that are no class of the model: {', '.join(unknown[:3])}{more}; "
+            "choose a checkpoint that was trained on these classes"
+        )
+    rank = {name: label for label, name in enumerate(classes)}
+    files = [
+        (path.relative_to(folder).as_posix(), rank[name])
+        for name in present
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise InputError(f"{folder} holds no images in class folders, <class>/<image>")
+
+    def read(index):
+        name, label = files[index]
+        return Example(name, _read_file(folder / name), label)
+
+    return Source(len(files), read, len(classes), classes)
+
+
+def _read_file(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"image {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,205 @@
+"""ShuffleNetV2 (Ma et al., ECCV 2018) in Flax Linen, in both wirings that have published weights.
+
+Channel counts, initialisers and batch-norm constants are those of MMPretrain, torchvision and Megvii.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from . import ops
+
+CHANNELS = {  # width: output channels of stage2, stage3, stage4, conv5
+    0.5: (48, 96, 192, 1024),
+    1.0: (116, 232, 464, 1024),
+    1.5: (176, 352, 704, 1024),
+    2.0: (244, 488, 976, 2048),
+}
+STEM_CHANNELS = 24
+UNITS = {"stage2": 4, "stage3": 8, "stage4": 4}
+LAYOUTS = ("torchvision", "megvii")
+FEATURES = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
+EPSILON = 1e-5
+MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part that is new.
+
+
+class Conv(nn.Module):
+    """A square convolution without bias; its weights are one leaf, `kernel` (size, size, I / groups, O)."""
+
+    features: int
+    size: int
+    stride: int = 1
+    groups: int = 1
+    dtype: Any = jnp.float32
+    lowering: str = "auto"
+    stddev: float | None = None  # Of the initial weights; by default 1 / (I / groups).
+
+    @nn.compact
+    def __call__(self, x):
+        fan = x.shape[-1] // self.groups
+        init = nn.initializers.normal(self.stddev or 1 / fan)
+        kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return ops.conv(x, kernel, stride=self.stride, groups=self.groups, lowering=self.lowering)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm that keeps PyTorch's running variance: the unbiased one, n / (n - 1) times that of the batch."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x):
+        channels, dtype = x.shape[-1:], _stored(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, channels, dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
+        if not self.train:
+            return ops.normalize(x, running_mean.value, running_var.value, scale, bias, epsilon=EPSILON)
+
+        mean, var = ops.batch_moments(x)
+        if not self.is_initializing():
+            count = x.size // x.shape[-1]
+            if count < 2:
+                raise ValueError("batch norm needs more than one value per channel to train: enlarge the batch")
+            unbiased = var * (count / (count - 1))
+            running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
+            running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * unbiased
+        return ops.normalize(x, mean, var, scale, bias, epsilon=EPSILON)
+
+
+class ConvBN(nn.Module):
+    """Convolution, batch norm and, where asked for, ReLU."""
+
+    features: int
+    size: int
+    train: bool
+    relu: bool = True
+    stride: int = 1
+    groups: int = 1
+    dtype: Any = jnp.float32
+    lowering: str = "auto"
+    stddev: float | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        conv = Conv(
+            self.features, self.size, self.stride, self.groups, self.dtype, self.lowering, self.stddev, name="conv"
+        )
+        x = BatchNorm(self.train, name="bn")(conv(x))
+        return nn.relu(x) if self.relu else x
+
+
+class Unit(nn.Module):
+    """One unit of a stage; the first of a stage (stride 2) also halves the resolution and widens.
+
+    Layout "torchvision" splits the channels into halves and shuffles the joined result. Layout "megvii" splits them
+    into even and odd instead and never shuffles; in its stride-2 units the left branch keeps the input's width.
+    """
+
+    features: int
+    stride: int
+    layout: str
+    train: bool
+    dtype: Any = jnp.float32
+    lowering: str = "auto"
+
+    @nn.compact
+    def __call__(self, x):
+        layer = partial(ConvBN, train=self.train, dtype=self.dtype, lowering=self.lowering)
+        middle = self.features // 2
+        if self.stride == 2:
+            left_features = x.shape[-1] if self.layout == "megvii" else middle
+            left = right = x
+            left = layer(x.shape[-1], 3, stride=2, groups=x.shape[-1], relu=False, name="left_dw")(left)
+            left = layer(left_features, 1, name="left_pw")(left)
+        else:
+            left, right = ops.split_even_odd(x) if self.layout == "megvii" else jnp.split(x, 2, axis=-1)
+
+        right = layer(middle, 1, name="right_pw1")(right)
+        right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right)
+        right = layer(self.features - left.shape[-1], 1, name="right_pw2")(right)
+        x = jnp.concatenate([left, right], axis=-1)
+        return x if self.layout == "megvii" else ops.channel_shuffle(x)
+
+
+class ShuffleNetV2(nn.Module):
+    """The whole network: `logits, features = module.apply(variables, images)`.
+
+    Images are (B, H, W, in_chans) floats of any resolution, normalised as the weights expect. Logits are
+    (B, num_classes), at least float32. Features are a dict of every stage's output at a 1/4, 1/8, 1/16 and 1/32 of the
+    input's resolution, and `pooled` (B, conv5's channels); those of layers which the module lacks are missing.
+    """
+
+    width: float = 1.0  # 0.5, 1.0, 1.5 or 2.0: the column of the paper's table 5.
+    num_classes: int = 1000  # 0 leaves the classifier out: logits are None.
+    in_chans: int = 3
+    layout: str = "torchvision"  # Or "megvii", the wiring of the authors' own release.
+    small_stem: bool = False  # For images of 16 to 64 pixels: conv1 has stride 1 and no max pool follows.
+    conv5: bool = True  # False ends the network after stage4, as some published backbones do.
+    dropout: float = 0.0  # Before the classifier; Megvii trains 2.0x with 0.2.
+    dtype: Any = jnp.float32  # Of the computation: bfloat16 keeps parameters, statistics and logits in float32.
+    lowering: str = "auto"  # See ops.py; "plain" is the reference.
+    remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        if self.width not in CHANNELS or self.layout not in LAYOUTS:
+            raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}")
+        if self.num_classes and not self.conv5:
+            raise ValueError("a classifier needs conv5")
+        if images.ndim != 4 or images.shape[-1] != self.in_chans:
+            raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
+
+        *stage_channels, conv5_channels = CHANNELS[self.width]
+        common = {"train": train, "dtype": self.dtype, "lowering": self.lowering}
+        unit = nn.remat(Unit) if self.remat else Unit
+        features = {}
+
+        x = ConvBN(STEM_CHANNELS, 3, stride=1 if self.small_stem else 2, stddev=0.01, name="conv1", **common)(images)
+        features["stem"] = x = x if self.small_stem else ops.max_pool(x)  # (B, H/4, W/4, 24)
+        for (stage, units), channels in zip(UNITS.items(), stage_channels, strict=True):
+            for index in range(units):
+                stride = 2 if index == 0 else 1
+                x = unit(channels, stride, self.layout, name=f"{stage}_unit{index}", **common)(x)
+            features[stage] = x  # (B, H/8 ... H/32, W/8 ... W/32, channels)
+        if not self.conv5:
+            return None, features
+
+        features["conv5"] = x = ConvBN(conv5_channels, 1, name="conv5", **common)(x)
+        stored = _stored(self.dtype)
+        features["pooled"] = x = x.astype(stored).mean((1, 2))  # (B, conv5's channels)
+        if not self.num_classes:
+            return None, features
+
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        # Megvii's classifier alone has no bias.
+        fc = nn.Dense(
+            self.num_classes,
+            use_bias=self.layout != "megvii",
+            kernel_init=nn.initializers.normal(0.01),
+            dtype=stored,
+            param_dtype=stored,
+            name="fc",
+        )
+        return fc(x), features
+
+
+def init_variables(module, *, seed=0):
+    """Fresh variables of a ShuffleNetV2, {"params", "batch_stats"}, from a seed."""
+    images = jnp.zeros((1, 32, 32, module.in_chans), module.dtype)
+    return jax.jit(module.init)(jax.random.key(seed), images)
+
+
+def variable_shapes(module):
+    """The tree of shapes and types of a ShuffleNetV2's variables; nothing is computed."""
+    return jax.eval_shape(partial(init_variables, module))
+
+
+def _stored(dtype):
+    """The type that parameters, statistics and logits have beside a compute type: float32, or float64 with float64."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,1 @@
+"""Published PyTorch weights in and out: the key tables, the networks in PyTorch, and the proof that both agree."""

@@ -1,0 +1,274 @@
+"""The names that published PyTorch files give to the weights: one table a dialect, read in both directions.
+
+Keys follow the code of MMPretrain, torchvision, Megvii and ericsun99.
+"""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, Preprocess
+from ..errors import InputError
+from ..model import CHANNELS, UNITS, ShuffleNetV2, variable_shapes
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One project's way to name, wire and feed ShuffleNetV2."""
+
+    # Their convolution and batch norm for each of our ConvBNs.
+    conv1: tuple[str, str]
+    conv5: tuple[str, str]
+    # The same inside a unit, behind its prefix: {stage} is 2..4, {layer} 0..2, {unit} starts anew in each stage,
+    # {index} does not.
+    unit_prefix: str
+    unit: dict[str, tuple[str, str]]
+    # Their classifier.
+    fc: str
+    layout: str
+    # How the authors evaluate: by width, None for all others.
+    preprocess: dict[float | None, Preprocess]
+
+    def layer_keys(self):
+        """{our ConvBN's path: (their convolution, their batch norm)}, in the order of the network."""
+        layers = {"conv1": self.conv1}
+        index = 0
+        for layer, (stage, units) in enumerate(UNITS.items()):
+            for unit in range(units):
+                prefix = self.unit_prefix.format(stage=layer + 2, layer=layer, unit=unit, index=index)
+                for name, (conv, bn) in self.unit.items():
+                    if unit == 0 or name.startswith("right"):  # Only stride-2 units have layers on the left.
+                        layers[f"{stage}_unit{unit}/{name}"] = (prefix + conv, prefix + bn)
+                index += 1
+        return {**layers, "conv5": self.conv5}
+
+    def tensor_keys(self):
+        """{our leaf's path: their key} for every tensor of the network, in the order of their files."""
+        keys = {}
+        for layer, (conv, bn) in self.layer_keys().items():
+            path = tuple(layer.split("/"))
+            keys["params", *path, "conv", "kernel"] = f"{conv}.weight"
+            keys["params", *path, "bn", "scale"] = f"{bn}.weight"
+            keys["params", *path, "bn", "bias"] = f"{bn}.bias"
+            keys["batch_stats", *path, "bn", "mean"] = f"{bn}.running_mean"
+            keys["batch_stats", *path, "bn", "var"] = f"{bn}.running_var"
+        keys["params", "fc", "kernel"] = f"{self.fc}.weight"
+        if self.layout != "megvii":
+            keys["params", "fc", "bias"] = f"{self.fc}.bias"
+        return keys
+
+
+def _branches(left, right):
+    """The layers of a unit whose branches are flat sequences of convolution, batch norm and sometimes ReLU."""
+    return {
+        "left_dw": (f"{left}.0", f"{left}.1"),
+        "left_pw": (f"{left}.2", f"{left}.3"),
+        "right_pw1": (f"{right}.0", f"{right}.1"),
+        "right_dw": (f"{right}.3", f"{right}.4"),
+        "right_pw2": (f"{right}.5", f"{right}.6"),
+    }
+
+
+MMPRETRAIN = Dialect(
+    conv1=("backbone.conv1.conv", "backbone.conv1.bn"),
+    conv5=("backbone.layers.3.conv", "backbone.layers.3.bn"),
+    unit_prefix="backbone.layers.{layer}.{unit}.",
+    unit={
+        "left_dw": ("branch1.0.conv", "branch1.0.bn"),
+        "left_pw": ("branch1.1.conv", "branch1.1.bn"),
+        "right_pw1": ("branch2.0.conv", "branch2.0.bn"),
+        "right_dw": ("branch2.1.conv", "branch2.1.bn"),
+        "right_pw2": ("branch2.2.conv", "branch2.2.bn"),
+    },
+    fc="head.fc",
+    layout="torchvision",
+    preprocess={None: MMPRETRAIN_EVAL},
+)
+TORCHVISION = Dialect(
+    conv1=("conv1.0", "conv1.1"),
+    conv5=("conv5.0", "conv5.1"),
+    unit_prefix="stage{stage}.{unit}.",
+    unit=_branches("branch1", "branch2"),
+    fc="fc",
+    layout="torchvision",
+    preprocess={None: TORCHVISION_EVAL, 1.5: TORCHVISION_EVAL_LARGE, 2.0: TORCHVISION_EVAL_LARGE},
+)
+ERICSUN99 = Dialect(
+    conv1=("conv1.0", "conv1.1"),
+    conv5=("conv_last.0", "conv_last.1"),
+    unit_prefix="features.{index}.",
+    unit=_branches("banch1", "banch2"),  # Sic.
+    fc="classifier.0",
+    layout="torchvision",
+    preprocess={None: TORCHVISION_EVAL},
+)
+MEGVII = Dialect(
+    conv1=("first_conv.0", "first_conv.1"),
+    conv5=("conv_last.0", "conv_last.1"),
+    unit_prefix="features.{index}.",
+    unit=_branches("branch_proj", "branch_main"),
+    fc="classifier.0",
+    layout="megvii",
+    preprocess={None: MEGVII_EVAL},
+)
+# Backbones of detectors that follow Megvii's code; trained on values in 0..1.
+MEGVII_STAGES = dataclasses.replace(
+    MEGVII,
+    unit_prefix="stage{stage}.{unit}.",
+    preprocess={None: dataclasses.replace(MEGVII_EVAL, scale=1 / 255)},
+)
+
+DIALECTS = {
+    "mmpretrain": MMPRETRAIN,
+    "torchvision": TORCHVISION,
+    "megvii": MEGVII,
+    "megvii-stages": MEGVII_STAGES,
+    "ericsun99": ERICSUN99,
+}
+
+
+def recognize(tensors):
+    """The name of the dialect which a file speaks.
+
+    Args:
+      tensors: {key: array}, keys with or without `module.` and `backbone.` in front.
+    Raises:
+      InputError: none fits.
+    """
+    keys = {bare(key) for key in tensors}
+    found = {name: len(keys & {bare(key) for key in d.tensor_keys().values()}) for name, d in DIALECTS.items()}
+    best = max(found, key=found.get)
+    # Fewer than half of the names is another network that happens to share some, like a ResNet's conv1 and fc.
+    if found[best] < len(DIALECTS[best].tensor_keys()) / 2:
+        raise InputError(
+            f"the file holds {len(keys)} tensors, but not those of a ShuffleNetV2 (first names: "
+            f"{', '.join(sorted(keys)[:3])}); give a checkpoint of MMPretrain, torchvision, Megvii or ericsun99"
+        )
+    return best
+
+
+def bare(key):
+    """A key without what data-parallel training and classifiers put in front of it."""
+    return key.removeprefix("module.").removeprefix("backbone.")
+
+
+def canonical(tensors, dialect):
+    """The same tensors under the keys that the dialect's own code uses; unknown keys stay as they are.
+
+    Raises:
+      InputError: two keys name the same tensor.
+    """
+    counters = [f"{bn}.num_batches_tracked" for _, bn in dialect.layer_keys().values()]
+    known = [*dialect.tensor_keys().values(), *counters]
+    spelled = {bare(key): key for key in known}
+    renamed = {}
+    for key, tensor in tensors.items():
+        name = spelled.get(bare(key), key)
+        if name in renamed:
+            raise InputError(f"the file holds {name} twice, with and without a prefix; keep one of both")
+        renamed[name] = tensor
+    return renamed
+
+
+def module_for(tensors, dialect):
+    """The ShuffleNetV2 whose weights these are, from the shapes under the dialect's own keys.
+
+    Raises:
+      InputError: the stages have the channels of no published width.
+    """
+    depthwise = Counter()
+    for layer, (conv, _) in dialect.layer_keys().items():
+        shape = np.shape(tensors.get(f"{conv}.weight", ()))
+        if layer.endswith("right_dw") and shape:
+            depthwise[layer.partition("_")[0], 2 * shape[0]] += 1
+    # What most units of a stage say: a single misshapen tensor is named later, by `from_torch`.
+    most = [max((n, c) for (s, c), n in depthwise.items() if s == stage)[1] for stage in UNITS]
+    width = next((w for w, channels in CHANNELS.items() if list(channels[:3]) == most), None)
+    if width is None:
+        published = "; ".join(f"{w}x {', '.join(map(str, c[:3]))}" for w, c in CHANNELS.items())
+        raise InputError(
+            f"the stages have {', '.join(map(str, most))} channels, which no published width has ({published}); "
+            "such a file cannot be converted"
+        )
+    has_conv5 = any(f"{name}.weight" in tensors for name in dialect.conv5)
+    has_fc = any(f"{dialect.fc}.{name}" in tensors for name in ("weight", "bias"))
+    classes = np.shape(tensors.get(f"{dialect.fc}.weight", ()))[:1] or np.shape(tensors.get(f"{dialect.fc}.bias", ()))
+    return ShuffleNetV2(
+        width=width,
+        layout=dialect.layout,
+        num_classes=classes[0] if has_fc else 0,
+        conv5=has_conv5 or has_fc,
+    )
+
+
+def from_torch(tensors, dialect, module):
+    """PyTorch's tensors as Flax variables.
+
+    Args:
+      tensors: {the dialect's own key: array}.
+      dialect: a Dialect.
+      module: the ShuffleNetV2 whose variables they are.
+    Returns:
+      {"params", "batch_stats"} of float32 NumPy arrays, and the number of batches that the batch norms have tracked:
+      one number where all agree, else {layer: number} of those that the file gives.
+    Raises:
+      InputError: names every tensor that is missing, too many, misshapen, or not made of finite numbers.
+    """
+    shapes = flatten_dict(variable_shapes(module))
+    keys = {path: key for path, key in dialect.tensor_keys().items() if path in shapes}
+    counters = {
+        layer: f"{bn}.num_batches_tracked"
+        for layer, (_, bn) in dialect.layer_keys().items()
+        if ("params", *layer.split("/"), "bn", "scale") in shapes
+    }
+    faults = {
+        "missing": [key for key in keys.values() if key not in tensors],
+        "unexpected": sorted(tensors.keys() - set(keys.values()) - set(counters.values())),
+        "misshapen": [],
+        "not finite": [],
+    }
+    variables = {}
+    for path, key in keys.items():
+        if key in tensors:
+            array = np.asarray(tensors[key])
+            expected = _torch_axes(np.empty(shapes[path].shape)).shape
+            if array.shape != expected:
+                faults["misshapen"].append(f"{key} is {array.shape}, not {expected}")
+            elif not np.isfinite(array).all() or (path[-1] == "var" and (array < 0).any()):
+                faults["not finite"].append(key)
+            else:
+                variables[path] = np.ascontiguousarray(_flax_axes(array), np.float32)
+    if any(faults.values()):
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise InputError(f"the tensors do not make a {module.width}x ShuffleNetV2: {told}")
+    counts = {layer: int(tensors[key]) for layer, key in counters.items() if key in tensors}
+    if len(counts) == len(counters) and len(set(counts.values())) == 1:
+        counts = next(iter(counts.values()))
+    return unflatten_dict(variables), counts
+
+
+def to_torch(variables, dialect, counts):
+    """The way back: {the dialect's own key: array} in the order of its files, bit for bit what `from_torch` read."""
+    flat = flatten_dict(variables)
+    tensors = {}
+    for path, key in dialect.tensor_keys().items():
+        if path in flat:
+            tensors[key] = np.ascontiguousarray(_torch_axes(np.asarray(flat[path])))
+            layer = "/".join(path[1:-2])
+            count = counts.get(layer) if isinstance(counts, dict) else counts
+            if path[-1] == "var" and count is not None:
+                tensors[key.replace("running_var", "num_batches_tracked")] = np.asarray(count, np.int64)
+    return tensors
+
+
+def _flax_axes(array):
+    """(O, I, H, W) as (H, W, I, O), (O, I) as (I, O)."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _torch_axes(array):
+    """(H, W, I, O) as (O, I, H, W), (I, O) as (O, I)."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
