@@ -1,6 +1,7 @@
 """What all commands share: how they parse, how they report bad input, how they show progress."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def run(command, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
     use_compilation_cache()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain tell at length what they do.
     try:
         return command([word for word in argv if word != "--debug"]) or 0
     except InputError as error:
@@ -59,3 +61,8 @@ def positive_integer(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def tell(text):
+    """A line on stderr that does not tear a progress bar."""
+    tqdm.write(text, file=sys.stderr)

@@ -20,7 +20,7 @@ class Preprocess:
     decoder: Literal["cv2", "pillow"]
     # Length of the short side after resizing, in pixels.
     resize: int
-    # "pillow" filters when it shrinks (antialiasing) and rounds the long side down, "cv2" samples and rounds to nearest.
+    # "pillow" antialiases and rounds the long side down; "cv2" samples and rounds to nearest.
     backend: Literal["pillow", "cv2"]
     # Side of the square cut from the centre, in pixels.
     crop: int
@@ -75,7 +75,9 @@ class ModelInfo:
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise InputError(f"model.json names {len(self.classes)} classes, but num_classes is {self.num_classes}")
         if self.preprocess.channels != self.in_chans:
-            raise InputError(f"model.json prepares {self.preprocess.channels} channels, but in_chans is {self.in_chans}")
+            raise InputError(
+                f"model.json prepares {self.preprocess.channels} channels, but in_chans is {self.in_chans}"
+            )
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

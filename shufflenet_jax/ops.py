@@ -94,5 +94,6 @@ def batch_moments(x):
 
 def normalize(x, mean, var, scale, bias, *, epsilon):
     """`(x - mean) / sqrt(var + epsilon) * scale + bias` channel by channel, computed at least in float32."""
-    mean, factor, bias = (v[None, None, None] for v in (mean, lax.rsqrt(var + epsilon) * scale, bias))
-    return ((x.astype(mean.dtype) - mean) * factor + bias).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    mean, var, scale, bias = (vector.astype(wide)[None, None, None] for vector in (mean, var, scale, bias))
+    return ((x.astype(wide) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)

@@ -59,7 +59,7 @@ def parse(argv):
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the computation")
     parser.add_argument("--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference")
-    for option, (figure, kind, meaning) in EXPECTED.items():
+    for option, (_, kind, meaning) in EXPECTED.items():
         parser.add_argument(option, type=kind, metavar="N" if kind is int else "P", help=f"{meaning}, else exit 1")
     return parser.parse_args(argv)
 

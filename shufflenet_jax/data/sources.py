@@ -47,13 +47,13 @@ def open_source(data, split=None, *, classes=None, num_classes=None):
       InputError: nothing usable lies there, or its labels are not those of the model.
     """
     source = _open_digits(split) if data == "digits" else _open_folder(Path(data).expanduser(), split, classes)
-    if num_classes is not None and source.num_classes != num_classes:
-        # A list names no classes: its largest label only bounds how many there are.
-        if source.classes is not None or source.num_classes > num_classes:
-            raise InputError(
-                f"the data {data} has {source.num_classes} classes, but the model has {num_classes}; "
-                "choose a checkpoint that was trained on these classes"
-            )
+    # A list names no classes: its largest label only bounds how many there are.
+    exact = source.classes is not None
+    if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
+        raise InputError(
+            f"the data {data} has {source.num_classes} classes, but the model has {num_classes}; "
+            "choose a checkpoint that was trained on these classes"
+        )
     return source
 
 

@@ -61,14 +61,16 @@ class Dialect:
         return keys
 
 
-def _branches(left, right):
-    """The layers of a unit whose branches are flat sequences of convolution, batch norm and sometimes ReLU."""
+# The branches of a unit where they are flat sequences of convolution, batch norm and, behind 1x1 convolutions, ReLU.
+def _left(branch):
+    return {"left_dw": (f"{branch}.0", f"{branch}.1"), "left_pw": (f"{branch}.2", f"{branch}.3")}
+
+
+def _right(branch):
     return {
-        "left_dw": (f"{left}.0", f"{left}.1"),
-        "left_pw": (f"{left}.2", f"{left}.3"),
-        "right_pw1": (f"{right}.0", f"{right}.1"),
-        "right_dw": (f"{right}.3", f"{right}.4"),
-        "right_pw2": (f"{right}.5", f"{right}.6"),
+        "right_pw1": (f"{branch}.0", f"{branch}.1"),
+        "right_dw": (f"{branch}.3", f"{branch}.4"),
+        "right_pw2": (f"{branch}.5", f"{branch}.6"),
     }
 
 
@@ -91,7 +93,7 @@ TORCHVISION = Dialect(
     conv1=("conv1.0", "conv1.1"),
     conv5=("conv5.0", "conv5.1"),
     unit_prefix="stage{stage}.{unit}.",
-    unit=_branches("branch1", "branch2"),
+    unit=_left("branch1") | _right("branch2"),
     fc="fc",
     layout="torchvision",
     preprocess={None: TORCHVISION_EVAL, 1.5: TORCHVISION_EVAL_LARGE, 2.0: TORCHVISION_EVAL_LARGE},
@@ -100,7 +102,7 @@ ERICSUN99 = Dialect(
     conv1=("conv1.0", "conv1.1"),
     conv5=("conv_last.0", "conv_last.1"),
     unit_prefix="features.{index}.",
-    unit=_branches("banch1", "banch2"),  # Sic.
+    unit=_left("banch1") | _right("banch2"),  # Sic.
     fc="classifier.0",
     layout="torchvision",
     preprocess={None: TORCHVISION_EVAL},
@@ -109,7 +111,7 @@ MEGVII = Dialect(
     conv1=("first_conv.0", "first_conv.1"),
     conv5=("conv_last.0", "conv_last.1"),
     unit_prefix="features.{index}.",
-    unit=_branches("branch_proj", "branch_main"),
+    unit=_right("branch_main") | _left("branch_proj"),
     fc="classifier.0",
     layout="megvii",
     preprocess={None: MEGVII_EVAL},

@@ -152,7 +152,7 @@ class SequentialNet(nn.Module):
         self.first, self.last, self.fc_name = first, last, fc
         self.add_module(first, numbered(stem()))
         if flat:
-            self.features = nn.Sequential(*sum(self.units, []))
+            self.features = nn.Sequential(*(unit for stage in self.units for unit in stage))
         else:
             for name, stage in zip(UNITS, self.units, strict=True):
                 self.add_module(name, nn.Sequential(*stage))

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all the set-up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+$(VENV)/demo.stamp: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed; name one with PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
+	@touch $@
+
+# Trains on the digits inside scikit-learn from the beginning, then evaluates the best checkpoint.
+demo: $(VENV)/demo.stamp
+	@rm -rf $(DEMO)
+	@$(BIN)/python train.py --config digits --workdir $(DEMO)
+	@$(BIN)/python eval.py --checkpoint $(DEMO) --data digits
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,33 @@
+"""Pictures of a training run."""
+
+from matplotlib.figure import Figure
+
+from .files import written_aside
+from .logs import read_metrics
+
+PANELS = {  # figure: (label, scale, splits that have it)
+    "loss": ("loss", "log", ("train", "eval")),
+    "top1": ("top-1 accuracy (%)", "linear", ("train", "eval")),
+    "lr": ("learning rate", "linear", ("train",)),
+}
+STYLES = {"train": {"color": "tab:blue"}, "eval": {"color": "tab:orange", "marker": "o"}}
+
+
+def plot_curves(workdir, *, title=None):
+    """Draws loss, accuracy and learning rate over the epochs of workdir/metrics.jsonl into workdir/curves.png."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
+    for axes, (name, (label, scale, splits)) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for split in splits:
+            points = [(row["epoch"], row[name]) for row in rows if row["split"] == split]
+            epochs, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(epochs, values, label=split, markersize=3, linewidth=1.2, **STYLES[split])
+        axes.set(xlabel="epoch", ylabel=label, yscale=scale)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(title or workdir.name)
+    target = workdir / "curves.png"
+    with written_aside(target) as draft:
+        figure.savefig(draft)
+    return target

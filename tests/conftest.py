@@ -1,0 +1,103 @@
+"""Switches of the whole suite, and the real data that some tests need."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# One compilation cache for this process and all that the tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+sys.path.insert(0, str(ROOT))
+
+import jax
+import pytest
+import torch
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from shufflenet_jax.cli import run
+from shufflenet_jax.porting import dialects, reference
+
+SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items):
+    if not SHARED.is_dir():
+        reason = f"no real images and weights at {SHARED}; SHUFFLENET_JAX_SHARED names another place"
+        for item in items:
+            if item.get_closest_marker("real_data"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data."""
+    return SHARED
+
+
+@pytest.fixture
+def x64():
+    """float64 throughout the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Converted weights never go to the user's cache."""
+    monkeypatch.setenv("SHUFFLENET_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def lively_network(dialect, width=0.5, num_classes=10, *, seed=0, **settings):
+    """A PyTorch network whose every weight and statistic is random, and whose outputs differ from image to image."""
+    generator = torch.Generator().manual_seed(seed)
+    network = reference.NETWORKS[dialect](width, num_classes, **settings)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.3, generator=generator)
+                module.momentum = 1.0  # The statistics become those of the batch below.
+            elif hasattr(module, "weight"):
+                fan = module.weight[0].numel()
+                module.weight.normal_(0, fan**-0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(generator=generator)
+        network.train()(torch.randn(8, 3, 64, 64, generator=generator))
+    return network.eval()
+
+
+def convert_network(network, dialect):
+    """(module, variables) of a PyTorch network of the reference."""
+    rules = dialects.DIALECTS[dialect]
+    tensors = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
+    module = dialects.module_for(tensors, rules)
+    return module, dialects.from_torch(tensors, rules, module)[0]
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command's main as a process would: `call(main, argv)` -> (exit status, stdout, stderr)."""
+
+    def call(main, *argv):
+        capsys.readouterr()
+        status = run(main, [str(word) for word in argv])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """Asserts that a command ends with one `error:` line and status 2; returns the line."""
+
+    def refused(main, *argv):
+        status, _, stderr = call(main, *argv)
+        lines = stderr.strip().splitlines()
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), (status, stderr)
+        return lines[0]
+
+    return refused

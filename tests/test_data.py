@@ -1,0 +1,240 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from shufflenet_jax.config import DIGITS_EVAL, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
+from shufflenet_jax.data import transforms
+from shufflenet_jax.data.labels import imagenet_classes
+from shufflenet_jax.data.pipeline import eval_batches, train_batches
+from shufflenet_jax.data.sources import Example, Source, open_source
+from shufflenet_jax.errors import InputError
+
+ROTATE = 0x0112  # EXIF's orientation; 6 is a quarter turn clockwise.
+
+
+def picture(height, width, seed=0):
+    """A smooth uint8 RGB picture that JPEG keeps well."""
+    small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encode(pixels, kind="PNG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def folder(root, files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encode(picture(8, 8, seed=len(name)), "JPEG"))
+    return root
+
+
+# Sources
+
+
+def test_there_are_1000_classes_in_the_order_of_their_wnids():
+    classes = imagenet_classes()
+    assert len(classes) == 1000 and list(classes) == sorted(classes) and classes["n01440764"] == "tench"
+
+
+def test_digits_are_split_once_and_for_all():
+    train, test = open_source("digits", "train"), open_source("digits", "test")
+    assert (len(train), len(test), train.num_classes) == (1438, 359, 10)
+    names = [{source[i].name for i in range(len(source))} for source in (train, test)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 1797
+    assert len(open_source("digits")) == 359
+
+
+def test_class_folders_are_ranked_by_the_checkpoints_classes_or_else_by_name(tmp_path):
+    root = folder(tmp_path, ["val/n02/b.png", "val/n02/a.JPEG", "val/n01/sub/c.jpg", "val/n02/notes.txt"])
+    source = open_source(root)
+    assert [source[i][::2] for i in range(len(source))] == [("n01/sub/c.jpg", 0), ("n02/a.JPEG", 1), ("n02/b.png", 1)]
+    assert source.classes == ("n01", "n02")
+    wide = open_source(root, classes=["n00", "n01", "n02"], num_classes=3)
+    assert [wide[i].label for i in range(3)] == [1, 2, 2] and wide.num_classes == 3
+
+
+def test_lists_give_names_and_labels(tmp_path):
+    root = folder(tmp_path, ["val/a b.jpg", "val/c.jpg"])
+    (root / "meta").mkdir()
+    (root / "meta/val.txt").write_text("c.jpg 7\n\na b.jpg 0\n")
+    source = open_source(root, num_classes=1000)
+    assert [source[i][::2] for i in range(2)] == [("c.jpg", 7), ("a b.jpg", 0)]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "listing", "told"),
+    [
+        ([], None, None, "none of the splits"),
+        (["val/x/a.jpg"], "test", None, "no split 'test'"),
+        (["val/x/a.txt"], None, None, "holds no images"),
+        (["val/a.jpg"], None, "a.jpg\n", "line 1"),
+        (["val/a.jpg"], None, "a.jpg 0\nb.jpg -1\n", "line 2"),
+        (["val/a.jpg"], None, "\n", "lists no images"),
+        (["val/a.jpg"], None, "a.jpg 9\n", "10 classes, but the model has 5"),
+        (["val/x/a.jpg"], None, None, "1 classes, but the model has 5"),
+    ],
+)
+def test_unusable_folders_are_refused_by_what_is_wrong_with_them(tmp_path, files, split, listing, told):
+    folder(tmp_path, files)
+    if listing is not None:
+        (tmp_path / "meta").mkdir()
+        (tmp_path / "meta/val.txt").write_text(listing)
+    with pytest.raises(InputError, match=told):
+        open_source(tmp_path, split, num_classes=5)
+
+
+def test_folders_that_are_no_class_of_the_model_are_named(tmp_path):
+    root = folder(tmp_path, [f"val/{name}/a.jpg" for name in "vwxyz"])
+    with pytest.raises(InputError, match="w, x, y and 1 more"):
+        open_source(root, classes=["v", "u"], num_classes=2)
+
+
+def test_a_listed_file_that_is_missing_is_named(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/val.txt").write_text("gone.jpg 0\n")
+    source = open_source(tmp_path)
+    with pytest.raises(InputError, match=r"gone\.jpg cannot be read"):
+        source[0]
+
+
+# Transforms
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (256, 300), (40, 30), (1, 9)])
+def test_mmpretrain_preprocessing_is_opencv_decoding_and_pillow_resizing(height, width):
+    data = encode(picture(height, width), "JPEG", quality=90)
+    pixels = cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB)
+    scale = 256 / min(height, width)
+    size = [256 if side == min(height, width) else int(256 * side / min(height, width)) for side in (width, height)]
+    assert max(size) == int(scale * max(height, width) + 1e-6)
+    resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    top, left = (round((side - 224) / 2) for side in resized.shape[:2])
+    expected = resized[top : top + 224, left : left + 224]
+    assert_array_equal(transforms.prepare(data, MMPRETRAIN_EVAL), expected)
+
+
+def test_only_opencv_decoding_turns_an_image_as_its_exif_says():
+    exif = Image.Exif()
+    exif[ROTATE] = 6
+    data = encode(picture(300, 400), "JPEG", exif=exif)
+    assert transforms.decode(data, "cv2").shape == (400, 300, 3)
+    assert transforms.decode(data, "pillow").shape == (300, 400, 3)
+
+
+@pytest.mark.parametrize("decoder", ["cv2", "pillow"])
+def test_grey_and_palette_and_transparent_images_become_three_channels(decoder):
+    grey = picture(20, 30)[..., 0]
+    for data in (encode(grey, "JPEG"), encode(grey)):
+        pixels = transforms.decode(data, decoder)
+        assert pixels.shape == (20, 30, 3) and (pixels == pixels[..., :1]).all()
+    assert_array_equal(transforms.decode(encode(grey), decoder)[..., 0], grey)
+    rgba = np.dstack([picture(20, 30), grey])
+    assert transforms.decode(encode(rgba), decoder).shape == (20, 30, 3)
+
+
+def test_wide_torchvision_weights_resize_to_232():
+    data = encode(picture(464, 700))
+    resized = Image.open(io.BytesIO(data)).resize((350, 232), Image.Resampling.BILINEAR)
+    assert_array_equal(transforms.prepare(data, TORCHVISION_EVAL_LARGE), np.asarray(resized)[4:228, 63:287])
+    assert transforms.prepare(data, TORCHVISION_EVAL).shape == (224, 224, 3)
+
+
+def test_megvii_preprocessing_is_opencv_resizing_without_antialias_to_nearest_size():
+    data = encode(picture(333, 500))
+    resized = cv2.resize(np.asarray(Image.open(io.BytesIO(data))), (int(256 / 333 * 500 + 0.5), 256))
+    left = round((resized.shape[1] - 224) / 2)
+    assert_array_equal(transforms.prepare(data, MEGVII_EVAL), resized[16:240, left : left + 224])
+
+
+def test_normalisation_orders_and_scales_the_channels_as_the_weights_expect():
+    crops = picture(224, 224)[None]
+    mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
+    expected = (crops - mean) / std
+    # float32 rounds each operation at 6e-8; torchvision divides by 255 first.
+    np.testing.assert_allclose(transforms.normalize(crops, MMPRETRAIN_EVAL), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(transforms.normalize(crops, TORCHVISION_EVAL), expected, rtol=1e-5, atol=2e-6)
+    assert_array_equal(transforms.normalize(crops, MEGVII_EVAL), crops[..., ::-1])
+
+
+def test_digits_are_enlarged_in_grey():
+    image = open_source("digits")[0].image
+    crop = transforms.prepare(image, DIGITS_EVAL)
+    expected = Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)
+    assert_array_equal(crop[..., 0], expected)
+    assert crop.shape == (32, 32, 1)
+
+
+@pytest.mark.parametrize("decoder", ["cv2", "pillow"])
+@pytest.mark.parametrize("damage", ["text", "empty", "half", "header"])
+def test_damaged_images_are_named(decoder, damage):
+    # With a thumbnail in its EXIF block, a cut file still holds an end-of-image mark.
+    exif = Image.Exif()
+    exif[ROTATE] = 1
+    thumbnail = encode(picture(16, 16), "JPEG")
+    whole = encode(picture(100, 100), "JPEG", exif=exif, comment=thumbnail)
+    data = {"text": b"not an image", "empty": b"", "half": whole[: len(whole) // 2], "header": whole[:4]}[damage]
+    assert transforms.decode(whole, decoder).shape == (100, 100, 3)
+    with pytest.raises(InputError, match=r"some\.jpg is damaged"):
+        transforms.decode(data, decoder, "some.jpg")
+
+
+def test_random_shift_moves_by_at_most_its_reach_and_fills_with_zeros():
+    image = np.arange(1, 26, dtype=np.uint8).reshape(5, 5, 1)
+    seen = set()
+    for seed in range(200):
+        moved = transforms.random_shift(image, np.random.default_rng(seed), 1)
+        assert moved.shape == image.shape
+        (row,), (column,) = (axis for axis in np.nonzero(moved[..., 0] == 13))
+        seen.add((row - 2, column - 2))
+    assert seen == {(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+
+
+# Pipeline
+
+
+def numbered(count):
+    """Examples whose every pixel is their number."""
+    return Source(count, lambda i: Example(f"#{i}", np.full((8, 8), i, np.uint8), i % 10), 10, None)
+
+
+def test_evaluation_reads_every_example_once_in_order_and_masks_the_rest():
+    batches = list(eval_batches(numbered(23), DIGITS_EVAL, batch_size=5))
+    assert [len(batch["labels"]) for batch in batches] == [5] * 5
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    real = joined["mask"] > 0
+    assert list(joined["names"][real]) == [f"#{i}" for i in range(23)]
+    assert_array_equal(joined["images"][real][:, 0, 0, 0], np.arange(23))
+    assert joined["mask"].sum() == 23 and not joined["images"][~real].any()
+    assert len(list(eval_batches(numbered(23), DIGITS_EVAL, batch_size=5, limit=7))) == 2
+
+
+def test_every_pass_over_the_training_data_takes_each_example_once_in_an_order_of_its_own():
+    batches = train_batches(numbered(20), DIGITS_EVAL, batch_size=10, seed=0, stop_step=6)
+    numbers = np.concatenate([batch["images"][:, 0, 0, 0] for batch in batches]).reshape(3, 20)
+    assert all(sorted(row) == list(range(20)) for row in numbers)
+    assert len({tuple(row) for row in numbers}) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_training_can_start_at_any_step_with_what_an_uninterrupted_run_sees_there(threads):
+    def read(start, threads):
+        batches = train_batches(
+            numbered(20), DIGITS_EVAL, batch_size=6, seed=3, shift=2, start_step=start, stop_step=9, threads=threads
+        )
+        return [batch["images"] for batch in batches]
+
+    assert_array_equal(read(0, 2)[4:], read(4, threads))
+
+
+def test_bad_input_keeps_its_type_and_words_across_decoding_threads(tmp_path):
+    root = folder(tmp_path, [f"val/x/{i:02}.jpg" for i in range(20)])
+    (root / "val/x/11.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"x/11\.jpg is damaged"):
+        list(eval_batches(open_source(root), MMPRETRAIN_EVAL, batch_size=4))
