@@ -3,7 +3,7 @@
 Channel counts, initialisers and batch-norm constants are those of MMPretrain, torchvision and Megvii.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -197,6 +197,12 @@ def init_variables(module, *, seed=0):
 
 def variable_shapes(module):
     """The tree of shapes and types of a ShuffleNetV2's variables; nothing is computed."""
+    # The reference lowering is the quickest to trace, and all have the same variables.
+    return _variable_shapes(module.clone(lowering="plain", remat=False), jax.config.jax_enable_x64)
+
+
+@cache
+def _variable_shapes(module, _x64):
     return jax.eval_shape(partial(init_variables, module))
 
 
