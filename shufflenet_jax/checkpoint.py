@@ -94,6 +94,12 @@ def _restore(path, shapes):
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {reason}") from error
+    for (keys, leaf), shape in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(shapes), strict=True):
+        if leaf.shape != shape.shape:
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise InputError(
+                f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
+            )
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
 
 

@@ -89,7 +89,7 @@ class ModelInfo:
             values = json.loads(text)
             values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
             return cls(**_tuples(values))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"model.json is not a model description: {error!r}") from error
 
 

@@ -11,6 +11,7 @@ from ..errors import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 EVAL_SPLITS = ("val", "validation", "test")
+ADVICE = "choose a checkpoint that was trained on these classes"
 
 
 class Example(NamedTuple):
@@ -50,9 +51,10 @@ def open_source(data, split=None, *, classes=None, num_classes=None):
     # A list names no classes: its largest label only bounds how many there are.
     exact = source.classes is not None
     if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
+        raise InputError(f"the data {data} has {source.num_classes} classes, but the model has {num_classes}; {ADVICE}")
+    if exact and classes is not None and tuple(classes) != source.classes:
         raise InputError(
-            f"the data {data} has {source.num_classes} classes, but the model has {num_classes}; "
-            "choose a checkpoint that was trained on these classes"
+            f"the data {data} has other classes than the model, like {source.classes[0]} for {classes[0]}; {ADVICE}"
         )
     return source
 
@@ -119,8 +121,7 @@ def _open_classes(folder, classes):
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise InputError(
-            f"{folder} has folders that are no class of the model: {', '.join(unknown[:3])}{more}; "
-            "choose a checkpoint that was trained on these classes"
+            f"{folder} has folders that are no class of the model: {', '.join(unknown[:3])}{more}; {ADVICE}"
         )
     rank = {name: label for label, name in enumerate(classes)}
     files = [

@@ -1,0 +1,327 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, lively_network
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+from shufflenet_jax import __main__, checkpoint
+from shufflenet_jax.commands import evaluate, from_torch, train
+from shufflenet_jax.data.labels import imagenet_classes
+from shufflenet_jax.data.pipeline import eval_batches
+from shufflenet_jax.data.sources import open_source
+from shufflenet_jax.evaluation import Evaluator
+
+TINY = ("--config", "digits", "--image-size", 16, "--epochs", 2, "--eval-every", 1, "--log-every", 10)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The workdir of a short training on the digits."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main([str(word) for word in (*TINY, "--workdir", workdir)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def ten_classes(tmp_path_factory):
+    """A model directory of a random 0.5x network with ten classes, and class folders of images for it."""
+    root = tmp_path_factory.mktemp("ten")
+    network = lively_network("mmpretrain")
+    meta = {"CLASSES": tuple(f"kind{i}" for i in range(10))}
+    torch.save({"meta": meta, "state_dict": network.state_dict()}, root / "net.pth")
+    assert from_torch.main([str(root / "net.pth"), "--out", str(root / "model"), "--no-verify"]) == 0
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        (root / f"data/val/kind{i}").mkdir(parents=True)
+        for j in range(2):
+            pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((300, 260)).save(root / f"data/val/kind{i}/{j}.JPEG")
+    return root / "model", root / "data"
+
+
+# eval.py
+
+
+def figures_of(stdout):
+    return json.loads(stdout.splitlines()[-1])
+
+
+def test_eval_prints_counts_and_percentages_and_keeps_predictions(ten_classes, tmp_path, call):
+    model, data = ten_classes
+    status, out, _ = call(evaluate.main, "--checkpoint", model, "--data", data, "--predictions", tmp_path / "p.npz")
+    figures = figures_of(out)
+    assert status == 0 and figures["images"] == 12
+    assert figures["top1"] == round(100 * figures["top1_correct"] / 12, 2)
+    rows = np.load(tmp_path / "p.npz")
+    assert set(rows.files) == {"name", "label", "logits"} and rows["logits"].shape == (12, 10)
+    assert list(rows["label"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and rows["name"][3] == "kind1/1.JPEG"
+    assert figures["top1_correct"] == (rows["logits"].argmax(1) == rows["label"]).sum()
+    status, out, _ = call(evaluate.main, "--checkpoint", model, "--data", data, "--limit", 5, "--tta", "flip")
+    assert status == 0 and figures_of(out)["images"] == 5
+
+
+def test_eval_exits_1_when_an_expectation_is_missed(ten_classes, call):
+    model, data = ten_classes
+    argv = ("--checkpoint", model, "--data", data)
+    figures = figures_of(call(evaluate.main, *argv)[1])
+    names = ("top1_correct", "top5_correct", "top1", "top5")
+    met = [word for name in names for word in ("--expect-" + name.replace("_", "-"), figures[name])]
+    assert call(evaluate.main, *argv, *met)[0] == 0
+    status, out, stderr = call(evaluate.main, *argv, "--expect-top1-correct", figures["top1_correct"] + 1)
+    assert status == 1 and figures_of(out) == figures and "--expect-top1-correct" in stderr
+
+
+def test_eval_refuses_bad_input_in_one_line(ten_classes, tmp_path, refused):
+    model, data = ten_classes
+    cases = {
+        ("--checkpoint", tmp_path / "none", "--data", data): "no model at",
+        ("--checkpoint", data, "--data", data): "no model at",
+        ("--checkpoint", model, "--data", tmp_path / "none"): "no data at",
+        ("--checkpoint", model, "--data", "digits"): "other classes",
+        ("--checkpoint", model, "--data", data, "--split", "test"): "no split 'test'",
+        ("--checkpoint", model, "--data", data, "--batch-size", "0"): "--batch-size",
+        ("--checkpoint", model, "--data", data, "--limit", "x"): "--limit",
+        ("--checkpoint", model, "--data", data, "--nonsense"): "--nonsense",
+        ("--checkpoint", model): "--data",
+        ("--checkpoint", model, "--data", data, "--predictions", model / "model.json" / "p.npz"): "cannot be written",
+    }
+    for argv, told in cases.items():
+        assert told in refused(evaluate.main, *argv), argv
+
+
+def test_eval_names_a_damaged_image_in_the_middle_of_a_folder_and_writes_nothing(ten_classes, tmp_path, refused):
+    model, data = ten_classes
+    shutil.copytree(data, tmp_path / "data")
+    image = tmp_path / "data/val/kind3/0.JPEG"
+    image.write_bytes(image.read_bytes()[:-200])
+    argv = ("--checkpoint", model, "--data", tmp_path / "data", "--predictions", tmp_path / "p.npz", "--batch-size", 2)
+    assert "kind3/0.JPEG is damaged" in refused(evaluate.main, *argv)
+    assert not (tmp_path / "p.npz").exists()
+
+
+def test_eval_refuses_a_damaged_model_directory(ten_classes, tmp_path, refused):
+    model, data = ten_classes
+
+    def damaged(name):
+        shutil.copytree(model, tmp_path / name)
+        return tmp_path / name
+
+    def told(directory):
+        return refused(evaluate.main, "--checkpoint", directory, "--data", data)
+
+    (damaged("text") / "model.json").write_text("{")
+    assert "not a model description" in told(tmp_path / "text")
+    info = json.loads((model / "model.json").read_text())
+    (damaged("field") / "model.json").write_text(json.dumps({**info, "colour": "red"}))
+    assert "colour" in told(tmp_path / "field")
+    (damaged("width") / "model.json").write_text(json.dumps({**info, "width": 1.0}))
+    assert "does not fit" in told(tmp_path / "width")
+    shutil.rmtree(damaged("gone") / "variables")
+    assert "damaged" in told(tmp_path / "gone")
+    for path in (damaged("cut") / "variables").rglob("*"):
+        if path.is_file() and path.stat().st_size > 100_000:
+            path.write_bytes(path.read_bytes()[:1000])
+    assert "damaged" in told(tmp_path / "cut")
+
+
+def test_a_backbone_without_classifier_has_no_accuracy(tmp_path, call, refused):
+    torch.save(lively_network("megvii-stages", num_classes=0, conv5=False).state_dict(), tmp_path / "b.pth")
+    assert call(from_torch.main, tmp_path / "b.pth", "--out", tmp_path / "b", "--no-verify")[0] == 0
+    assert "no classifier" in refused(evaluate.main, "--checkpoint", tmp_path / "b", "--data", "digits")
+
+
+# Real weights on real images
+
+
+@pytest.fixture(scope="session")
+def real_models(shared, tmp_path_factory):
+    """{dialect: model directory} of the real 1.0x weights."""
+    root = tmp_path_factory.mktemp("real")
+    for name in ("mmpretrain", "torchvision"):
+        source = shared / f"weights/shufflenet_v2_x1_0_{name}.pth"
+        assert from_torch.main([str(source), "--out", str(root / name), "--no-verify"]) == 0
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "data", "images", "top1", "top5"),
+    [
+        ("mmpretrain", "imagenet-val227", 650, 466, 592),
+        ("torchvision", "imagenet-val227", 650, 466, 592),
+        ("mmpretrain", "imagenet-original", 201, 161, 189),
+        ("torchvision", "imagenet-original", 201, 162, 189),
+    ],
+)
+def test_real_weights_give_the_reference_counts(name, data, images, top1, top5, real_models, shared, tmp_path, call):
+    status, out, stderr = call(
+        evaluate.main,
+        *("--checkpoint", real_models[name], "--data", shared / data, "--predictions", tmp_path / "p.npz"),
+        *("--expect-top1-correct", top1, "--expect-top5-correct", top5),
+    )
+    assert status == 0, stderr
+    figures = figures_of(out)
+    assert (figures["images"], figures["top1_correct"], figures["top5_correct"]) == (images, top1, top5)
+
+    ours, reference = np.load(tmp_path / "p.npz"), np.load(shared / data / "mmpretrain_reference.npz")
+    rank = {name: i for i, name in enumerate(reference["name"])}
+    order = [rank[path.split("/")[-1]] for path in ours["name"]]
+    assert_array_equal(ours["label"], reference["label"][order])
+    differences = np.abs(ours["logits"] - reference["logits"][order]).max(1)
+    # torchvision's preprocessing ignores the EXIF orientation, which one image has.
+    assert (differences > 1e-3).sum() == (1 if (name, data) == ("torchvision", "imagenet-original") else 0)
+
+
+@pytest.mark.real_data
+def test_devices_and_batch_sizes_change_no_count_and_no_logit_of_real_images(real_models, shared):
+    module, variables, info = checkpoint.load_model(real_models["mmpretrain"])
+    source = open_source(shared / "imagenet-original", classes=tuple(imagenet_classes()))
+    found = []
+    for devices in (1, 3, 4):
+        evaluator = Evaluator(module, info.preprocess, devices=jax.devices()[:devices])
+        for batch_size in (1, 7, 128):
+            batches = eval_batches(source, info.preprocess, batch_size=batch_size, limit=40)
+            found.append(evaluator(variables, batches, keep_logits=True))
+    (first, rows), *others = found
+    for figures, other in others:
+        assert [figures[key] for key in ("images", "top1_correct", "top5_correct")] == [
+            first[key] for key in ("images", "top1_correct", "top5_correct")
+        ]
+        assert_array_equal(other["name"], rows["name"])
+        assert_allclose(other["logits"], rows["logits"], atol=1e-4)  # Products of another shape sum in another order.
+
+
+# train.py
+
+
+def read_rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model.json",
+    }  # fmt: skip
+    rows = read_rows(trained)
+    assert all(
+        set(row) == {"step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second"} for row in rows
+    )
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (10, "train"), (20, "train"), (23, "train"), (23, "eval"),
+        (30, "train"), (40, "train"), (44, "train"), (44, "eval"),
+    ]  # fmt: skip
+    assert rows[-2]["loss"] < rows[0]["loss"] and rows[0]["lr"] == pytest.approx(0.1 * (44 - 9) / 44)
+    assert json.loads((trained / "config.json").read_text())["epochs"] == 2
+    with Image.open(trained / "curves.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_workdir_is_a_checkpoint_its_best_one(trained, call, tmp_path):
+    rows = [row for row in read_rows(trained) if row["split"] == "eval"]
+    best = max(rows, key=lambda row: (row["top1"], row["step"]))
+    _, out, _ = call(evaluate.main, "--checkpoint", trained, "--data", "digits")
+    assert figures_of(out)["top1"] == round(best["top1"], 2)
+    # With the best gone, the newest is what there is.
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / f"run/checkpoints/{best['step']}")
+    (other,) = (row for row in rows if row["step"] != best["step"])
+    _, out, _ = call(evaluate.main, "--checkpoint", tmp_path / "run", "--data", "digits")
+    assert figures_of(out)["top1"] == round(other["top1"], 2)
+
+
+def state_of(workdir, step):
+    with checkpoint.TrainingCheckpoints(workdir, read_only=True) as checkpoints:
+        folder = checkpoints.directory / str(step)
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return [checkpointer.restore(folder / name) for name in ("variables", "optimizer")]
+
+
+def test_the_same_command_resumes_with_the_same_numbers(trained, tmp_path, call):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints/44")  # As if the run had been stopped after its first checkpoint.
+    status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
+    assert status == 0 and "going on after step 23" in stderr
+    for ours, theirs in zip(*map(jax.tree.leaves, (state_of(workdir, 44), state_of(trained, 44))), strict=True):
+        assert_array_equal(ours, theirs)
+
+    def timeless(workdir):
+        return [{key: row[key] for key in row if key != "images_per_second"} for row in read_rows(workdir)]
+
+    assert timeless(workdir) == timeless(trained)
+
+
+def test_a_finished_run_stays_as_it_is(trained, tmp_path, call):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    assert call(train.main, *TINY, "--workdir", workdir)[0] == 0
+    assert read_rows(workdir) == read_rows(trained)
+
+
+def test_train_refuses_bad_input_in_one_line_and_leaves_no_workdir(trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    cases = {
+        (): "--config",
+        ("--config", "in22k"): "'in22k'",
+        ("--config", "digits", "--width", "0.7"): "width is 0.7",
+        ("--config", "digits", "--epochs", "0"): "epochs is 0",
+        ("--config", "digits", "--momentum", "1"): "momentum is 1.0",
+        ("--config", "digits", "--learning-rate", "nan"): "learning_rate is nan",
+        ("--config", "digits", "--bacth-size", "3"): "--bacth-size",
+        ("--config", "digits", "--data", tmp_path / "none"): "no data at",
+        ("--config", "digits", "--train-split", "extra"): "no split 'extra'",
+    }
+    for argv, told in cases.items():
+        assert told in refused(train.main, *argv, "--workdir", workdir), argv
+        assert not workdir.exists(), argv
+    before = read_rows(trained)
+    line = refused(train.main, *TINY, "--width", 1.0, "--seed", 3, "--workdir", trained)
+    assert "seed is 0 there and 3 here" in line and "width is 0.5 there and 1.0 here" in line
+    assert read_rows(trained) == before
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, refused):
+    line = refused(train.main, *TINY, "--batch-size", 66, "--workdir", tmp_path / "run")
+    assert "multiple of the 4 devices" in line
+
+
+# The scripts and the package's own command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train.py",),
+        ("eval.py",),
+        ("convert/from_torch.py",),
+        ("convert/to_torch.py",),
+        ("-m", "shufflenet_jax"),
+    ],
+)
+def test_scripts_run_from_the_checkout_without_installation(command, tmp_path):
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in command]
+    where = ROOT if command[0] == "-m" else tmp_path
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=where, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage:") and not done.stderr
+
+
+def test_the_package_runs_the_scripts_own_code(ten_classes, call, refused):
+    model, data = ten_classes
+    status, out, _ = call(__main__.main, "eval", "--checkpoint", model, "--data", data)
+    assert status == 0 and figures_of(out)["images"] == 12
+    assert "invalid choice" in refused(__main__.main, "evaluate")
+    assert "COMMAND" in refused(__main__.main)
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path, call):
+    with pytest.raises(ValueError, match="no model at"):
+        call(evaluate.main, "--checkpoint", tmp_path, "--data", "digits", "--debug")

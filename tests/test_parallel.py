@@ -1,0 +1,47 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from shufflenet_jax import parallel
+from shufflenet_jax.errors import InputError
+
+BATCH = {"images": np.arange(24.0, dtype=np.float32).reshape(12, 2), "labels": np.arange(12)}
+
+
+def averaging_step(state, batch):
+    total = jax.lax.pmean(batch["images"].sum(), parallel.AXIS)
+    return state + total, {"rows": jax.lax.psum(len(batch["labels"]), parallel.AXIS)}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_train_step_sees_each_row_on_one_device_and_leaves_equal_copies(count):
+    devices = jax.devices()[:count]
+    step = parallel.map_train_step(averaging_step, devices)
+    state, metrics = step(parallel.replicate(np.float32(1), devices), BATCH)
+    assert np.asarray(state) == 1 + BATCH["images"].sum() / count
+    assert np.asarray(metrics["rows"]) == 12
+    copies = [np.asarray(shard.data) for shard in state.addressable_shards]
+    assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies)
+    state, _ = step(state, BATCH)  # What a step returns feeds the next one.
+    assert np.asarray(state) == 1 + 2 * BATCH["images"].sum() / count
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    step = parallel.map_train_step(averaging_step, jax.devices()[:4])
+    with pytest.raises(InputError, match="multiple of the 4 devices"):
+        step(np.float32(0), {key: value[:10] for key, value in BATCH.items()})
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("rows", [1, 7, 12])
+def test_an_eval_step_adds_up_over_devices_and_returns_rows_in_order(count, rows):
+    def step(factor, batch):
+        return batch["mask"].sum(), factor * batch["labels"]
+
+    batch = {"labels": np.arange(1, rows + 1), "mask": np.ones(rows, np.float32)}
+    devices = jax.devices()[:count]
+    total, labels = parallel.map_eval_step(step, devices)(parallel.replicate(jnp.int32(2), devices), batch)
+    assert np.asarray(total) == rows, "padding is masked out"
+    assert_array_equal(np.asarray(labels).reshape(-1)[:rows], 2 * batch["labels"])
