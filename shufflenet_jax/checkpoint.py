@@ -4,6 +4,8 @@ A model directory holds `model.json` and the variables; a training workdir holds
 with the variables and, beside them, what the optimiser needs to go on.
 """
 
+import contextlib
+import sys
 from pathlib import Path
 
 import jax
@@ -48,22 +50,9 @@ def require_free(directory, *, overwrite):
         raise InputError(f"{directory} exists already; {advice}")
 
 
-def load_model(checkpoint, **settings):
-    """The model in a model directory, a training workdir (its best checkpoint, else the latest) or a .pth file.
-
-    Args:
-      checkpoint: its path; a .pth file is converted once and kept in the cache.
-      settings: of the module, like `dtype` and `lowering`.
-    Returns:
-      (module, variables, ModelInfo); variables are NumPy arrays.
-    Raises:
-      InputError: nothing usable lies there.
-    """
-    directory = Path(checkpoint).expanduser().absolute()
-    if directory.is_file():
-        from .porting import convert  # Needs torch, which nothing else here does.
-
-        directory = convert.cached(directory)
+def load_directory(directory, **settings):
+    """(module, variables, ModelInfo) of a model directory or a training workdir: see `loading.load_model`."""
+    directory = Path(directory).absolute()
     info = read_info(directory)
     module = module_of(info, **settings)
     if (directory / STEPS).is_dir():
@@ -89,10 +78,10 @@ def _restore(path, shapes):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _abandoned_reads_silent(), ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(path, item=shapes, restore_args=as_numpy)
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
         raise InputError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {reason}") from error
     for (keys, leaf), shape in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(shapes), strict=True):
         if leaf.shape != shape.shape:
@@ -101,6 +90,23 @@ def _restore(path, shapes):
                 f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
             )
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
+
+
+@contextlib.contextmanager
+def _abandoned_reads_silent():
+    """Keeps TensorStore from printing a traceback for each read that was under way when another one failed.
+
+    They end whenever they like, so after a failure the silence stays; all else is reported as before.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = report
+    yield
+    sys.unraisablehook = before
 
 
 def _best_or_latest(workdir):
@@ -161,6 +167,23 @@ class TrainingCheckpoints:
 
 def _top1(metrics):
     return metrics["top1"]
+
+
+@contextlib.contextmanager
+def _abandoned_reads_silent():
+    """Keeps TensorStore from printing a traceback for each read that was under way when another one failed.
+
+    They end whenever they like, so after a failure the silence stays; all else is reported as before.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = report
+    yield
+    sys.unraisablehook = before
 
 
 def _best_or_latest(workdir):

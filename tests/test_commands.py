@@ -17,6 +17,7 @@ from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.evaluation import Evaluator
+from shufflenet_jax.loading import load_model
 
 TINY = ("--config", "digits", "--image-size", 16, "--epochs", 2, "--eval-every", 1, "--log-every", 10)
 
@@ -181,7 +182,7 @@ def test_real_weights_give_the_reference_counts(name, data, images, top1, top5, 
 
 @pytest.mark.real_data
 def test_devices_and_batch_sizes_change_no_count_and_no_logit_of_real_images(real_models, shared):
-    module, variables, info = checkpoint.load_model(real_models["mmpretrain"])
+    module, variables, info = load_model(real_models["mmpretrain"])
     source = open_source(shared / "imagenet-original", classes=tuple(imagenet_classes()))
     found = []
     for devices in (1, 3, 4):

@@ -10,12 +10,13 @@ import torch
 from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose
 
-from shufflenet_jax.checkpoint import load_model, read_info
+from shufflenet_jax.checkpoint import read_info
 from shufflenet_jax.commands import from_torch, to_torch
 from shufflenet_jax.data import transforms
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.loading import load_model
 from shufflenet_jax.model import CHANNELS
 from shufflenet_jax.porting import convert, dialects
 

@@ -6,13 +6,13 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checkpoint
 from ..cli import CommandLine, positive_integer, progress
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
 from ..evaluation import Evaluator
 from ..files import written_aside
+from ..loading import load_model
 from ..ops import LOWERINGS
 
 DESCRIPTION = "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss."
@@ -26,9 +26,7 @@ EXPECTED = {  # option: (figure, type, meaning)
 
 def main(argv):
     options = parse(argv)
-    module, variables, info = checkpoint.load_model(
-        options.checkpoint, dtype=jnp.dtype(options.dtype), lowering=options.lowering
-    )
+    module, variables, info = load_model(options.checkpoint, dtype=jnp.dtype(options.dtype), lowering=options.lowering)
     if not info.num_classes:
         raise InputError(f"{options.checkpoint} has no classifier and so no accuracy; choose another checkpoint")
     source = open_source(options.data, options.split, classes=info.classes, num_classes=info.num_classes)

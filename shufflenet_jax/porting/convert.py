@@ -177,7 +177,7 @@ def back_to_torch(directory, dialect):
     Raises:
       InputError: the network is wired in another way than the dialect's.
     """
-    module, variables, info = checkpoint.load_model(directory)
+    module, variables, info = checkpoint.load_directory(directory)
     rules = dialects.DIALECTS[dialect]
     if rules.layout != module.layout:
         raise InputError(
