@@ -115,8 +115,29 @@ class TrainConfig:
     image_size: int = 224
     # Dropout rate before the classifier.
     dropout: float = 0.0
+    # Part of a training image to use: "random" draws size, shape and place, "center" takes what evaluation takes.
+    crop: Literal["random", "center"] = "random"
+    # How a random crop is made: "exact" is MMPretrain's to the pixel (Pillow, antialiased); "fast" decodes large JPEGs
+    # at half their size and scales with OpenCV, which changes how pixels are interpolated.
+    transform: Literal["exact", "fast"] = "exact"
+    # Smallest area of a random crop, as a share of the image's.
+    min_area: float = 0.08
+    # Mirror every second training image, at random.
+    flip: bool = True
     # Largest random shift of a training image, in pixels; uncovered pixels become 0.
     shift: int = 0
+    # Strength of random brightness, contrast and saturation: 0.4 draws factors from 0.6 to 1.4.
+    color_jitter: float = 0.0
+    # One random operation at a random strength on each training image (TrivialAugmentWide).
+    trivial_augment: bool = False
+    # Share of training images in which a random rectangle is blanked.
+    random_erasing: float = 0.0
+    # How often each image of a pass is used in a row, each time with other random numbers (repeated augmentation).
+    repeats: int = 1
+    # Processes that decode training images, on each host; 0 decodes in threads of the main process.
+    workers: int = 0
+    # Share of the training data that may be damaged and is then replaced by other images; more stops the run.
+    max_damaged: float = 0.001
     # Passes over the training data.
     epochs: int = 300
     # Images per step, over all devices and hosts.
@@ -147,12 +168,16 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "eval_batch_size", "image_size", "eval_every", "log_every", "keep"):
+        counts = ("epochs", "batch_size", "eval_batch_size", "image_size", "repeats", "eval_every", "log_every", "keep")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "shift"):
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "shift", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be 0 or more")
+        for name in ("color_jitter", "random_erasing", "max_damaged", "min_area"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1]")
         for name in ("momentum", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
@@ -178,6 +203,8 @@ PRESETS = {
         small_stem=True,
         in_chans=1,
         image_size=32,
+        crop="center",
+        flip=False,
         shift=2,
         epochs=20,
         batch_size=64,

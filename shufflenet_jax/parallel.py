@@ -4,6 +4,8 @@ The state has no device axis: `None` in pmap's axes broadcasts it in and hands o
 copies agree (a forgotten mean raises nothing), which is why the tests compare them.
 """
 
+from collections import deque
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,20 +22,26 @@ def replicate(tree, devices=None):
 
 
 def map_train_step(step, devices=None):
-    """`step(state, batch) -> (state, metrics)` of one device, as one call on a whole batch.
+    """`step(state, batch) -> (state, metrics)` of one device, as one call on a batch from `feed`.
 
     The step itself averages over AXIS. The state given is used up: only the one returned is valid afterwards.
     """
-    count = len(devices or jax.local_devices())
-    mapped = jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
+    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
-    def on_all_devices(state, batch):
+
+def feed(batches, devices=None, *, ahead=2):
+    """Host batches, {name: (B, ...)}, as {name: (devices, B / devices, ...)} on the devices, copied ahead of use."""
+    devices = devices or jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    waiting = deque()
+    for batch in batches:
         rows = len(batch["labels"])
-        if rows % count:
-            raise InputError(f"batch_size is {rows}, but must be a multiple of the {count} devices")
-        return mapped(state, _split(batch, count))
-
-    return on_all_devices
+        if rows % len(devices):
+            raise InputError(f"batch_size is {rows}, but must be a multiple of the {len(devices)} devices")
+        waiting.append(jax.device_put(_split(batch, len(devices)), sharding))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def map_eval_step(step, devices=None):

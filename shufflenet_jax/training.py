@@ -73,11 +73,11 @@ def train_step(module, preprocess, seed, state, batch):
       preprocess: a Preprocess: how the uint8 images are normalised.
       seed: of dropout.
       state: a State.
-      batch: {"images": uint8 (B, H, W, C), "labels": (B,)}.
+      batch: {"images": uint8 (B, H, W, C), "labels": (B,)}, and "flip", "erase" as in `transforms.network_inputs`.
     Returns:
       The next State, and the batch's {"loss", "top1", "top5"}, the last two in percent.
     """
-    images = transforms.normalize(batch["images"], preprocess, module.dtype)
+    images = transforms.network_inputs(batch, preprocess, module.dtype)
     dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), jax.lax.axis_index(AXIS))
 
     def loss_fn(params):

@@ -295,6 +295,24 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, refused):
     assert "multiple of the 4 devices" in line
 
 
+def test_training_names_a_damaged_image_and_stops_at_too_many(tmp_path, call):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / f"data/{split}/kind{i % 2}/{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    argv = ("--config", "digits", "--data", tmp_path / "data", "--in-chans", 3, "--image-size", 16, "--epochs", 1)
+    argv = (*argv, "--batch-size", 8)
+    (tmp_path / "data/train/kind1/01.png").write_bytes(b"damaged")
+    status, _, stderr = call(train.main, *argv, "--workdir", tmp_path / "one")
+    assert status == 0, stderr
+    assert stderr.count("kind1/01.png is damaged") == 1 and "another one takes its place" in stderr
+    (tmp_path / "data/train/kind1/03.png").write_bytes(b"damaged")
+    status, _, stderr = call(train.main, *argv, "--workdir", tmp_path / "two")
+    assert status == 2 and "error: 2 of 40 training images are damaged" in stderr
+
+
 # The scripts and the package's own command
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import cv2
@@ -6,7 +7,14 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from shufflenet_jax.config import DIGITS_EVAL, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
+from shufflenet_jax.config import (
+    DIGITS_EVAL,
+    MEGVII_EVAL,
+    MMPRETRAIN_EVAL,
+    TORCHVISION_EVAL,
+    TORCHVISION_EVAL_LARGE,
+    TrainConfig,
+)
 from shufflenet_jax.data import transforms
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches, train_batches
@@ -185,17 +193,6 @@ def test_damaged_images_are_named(decoder, damage):
         transforms.decode(data, decoder, "some.jpg")
 
 
-def test_random_shift_moves_by_at_most_its_reach_and_fills_with_zeros():
-    image = np.arange(1, 26, dtype=np.uint8).reshape(5, 5, 1)
-    seen = set()
-    for seed in range(200):
-        moved = transforms.random_shift(image, np.random.default_rng(seed), 1)
-        assert moved.shape == image.shape
-        (row,), (column,) = (axis for axis in np.nonzero(moved[..., 0] == 13))
-        seen.add((row - 2, column - 2))
-    assert seen == {(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
-
-
 # Pipeline
 
 
@@ -215,22 +212,101 @@ def test_evaluation_reads_every_example_once_in_order_and_masks_the_rest():
     assert len(list(eval_batches(numbered(23), DIGITS_EVAL, batch_size=5, limit=7))) == 2
 
 
+def config(**changes):
+    settings = {"image_size": 32, "in_chans": 1, "crop": "center", "flip": False, "batch_size": 10}
+    return TrainConfig(data="digits", **{**settings, **changes})
+
+
 def test_every_pass_over_the_training_data_takes_each_example_once_in_an_order_of_its_own():
-    batches = train_batches(numbered(20), DIGITS_EVAL, batch_size=10, seed=0, stop_step=6)
+    batches = train_batches(numbered(20), config(), stop_step=6)
     numbers = np.concatenate([batch["images"][:, 0, 0, 0] for batch in batches]).reshape(3, 20)
     assert all(sorted(row) == list(range(20)) for row in numbers)
     assert len({tuple(row) for row in numbers}) == 3
+    again = train_batches(numbered(20), config(seed=1), stop_step=2)
+    assert tuple(np.concatenate([batch["images"][:, 0, 0, 0] for batch in again])) != tuple(numbers[0])
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_training_can_start_at_any_step_with_what_an_uninterrupted_run_sees_there(threads):
-    def read(start, threads):
-        batches = train_batches(
-            numbered(20), DIGITS_EVAL, batch_size=6, seed=3, shift=2, start_step=start, stop_step=9, threads=threads
-        )
-        return [batch["images"] for batch in batches]
+def test_repeated_augmentation_uses_each_image_several_times_in_a_row():
+    (batch,) = train_batches(numbered(30), config(repeats=3, batch_size=30), stop_step=1)
+    numbers = batch["images"][:, 0, 0, 0].reshape(10, 3)
+    assert (numbers == numbers[:, :1]).all() and len(set(numbers[:, 0])) == 10
 
-    assert_array_equal(read(0, 2)[4:], read(4, threads))
+
+LIVELY = {"crop": "random", "flip": True, "shift": 2, "random_erasing": 0.5, "batch_size": 40}
+
+
+def joined(batches):
+    batches = list(batches)
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def assert_equal_batches(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, column in theirs.items():
+        assert_array_equal(ours[key], column, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def first_thousand():
+    """What a run of one process sees first of the digits: images with their crops, flips, erased parts."""
+    return joined(train_batches(open_source("digits", "train"), config(**LIVELY), stop_step=25, threads=1))
+
+
+@pytest.mark.parametrize("settings", [{"threads": 3}, {"workers": 1}, {"workers": 2, "threads": 1}])
+def test_threads_and_workers_do_not_change_what_training_sees(settings, first_thousand):
+    batches = train_batches(open_source("digits", "train"), config(**LIVELY), stop_step=25, **settings)
+    assert_equal_batches(joined(batches), first_thousand)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_see_what_one_sees(hosts, first_thousand):
+    source = open_source("digits", "train")
+    parts = [train_batches(source, config(**LIVELY), stop_step=25, host=host, hosts=hosts) for host in range(hosts)]
+    together = (
+        {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        for batches in zip(*parts, strict=True)
+    )
+    assert_equal_batches(joined(together), first_thousand)
+
+
+def test_training_can_start_at_any_step_with_what_an_uninterrupted_run_sees_there(first_thousand):
+    batches = train_batches(open_source("digits", "train"), config(**LIVELY), start_step=7, stop_step=25)
+    assert_equal_batches(joined(batches), {key: column[7 * 40 :] for key, column in first_thousand.items()})
+
+
+def test_hosts_share_an_evaluation_row_by_row():
+    parts = [eval_batches(numbered(23), DIGITS_EVAL, batch_size=6, host=host, hosts=2) for host in (0, 1)]
+    names = [list(batch["names"]) for pair in zip(*parts, strict=True) for batch in pair]
+    assert [name for part in names for name in part if name] == [f"#{i}" for i in range(23)]
+    with pytest.raises(InputError, match="multiple of the 4 hosts"):
+        eval_batches(numbered(23), DIGITS_EVAL, batch_size=6, hosts=4)
+
+
+def test_a_damaged_training_image_is_named_and_replaced_without_changing_the_rest():
+    sound = open_source("digits", "train")
+
+    def read(index):
+        example = sound[index]
+        return example._replace(image=b"damaged") if index == 3 else example
+
+    def run(source):
+        return joined(train_batches(source, config(**LIVELY), stop_step=35))
+
+    damaged, expected = run(dataclasses.replace(sound, read=read)), run(sound)
+    (row,) = np.flatnonzero(damaged["damaged"] != "")
+    assert sound[3].name in damaged["damaged"][row] and not any(expected["damaged"])
+    assert_equal_batches(
+        {key: np.delete(column, row, 0) for key, column in damaged.items()},
+        {key: np.delete(column, row, 0) for key, column in expected.items()},
+    )
+    assert damaged["labels"][row] == sound[4].label
+    assert not np.array_equal(damaged["images"][row], expected["images"][row])
+
+
+def test_data_in_which_nothing_can_be_read_is_refused():
+    broken = Source(3, lambda index: Example(f"#{index}", b"", 0), 1, None)
+    with pytest.raises(InputError, match="no image of the training data"):
+        list(train_batches(broken, config(batch_size=2), stop_step=1))
 
 
 def test_bad_input_keeps_its_type_and_words_across_decoding_threads(tmp_path):

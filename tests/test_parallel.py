@@ -19,19 +19,32 @@ def averaging_step(state, batch):
 def test_a_train_step_sees_each_row_on_one_device_and_leaves_equal_copies(count):
     devices = jax.devices()[:count]
     step = parallel.map_train_step(averaging_step, devices)
-    state, metrics = step(parallel.replicate(np.float32(1), devices), BATCH)
+    first, second = parallel.feed([BATCH, BATCH], devices)
+    state, metrics = step(parallel.replicate(np.float32(1), devices), first)
     assert np.asarray(state) == 1 + BATCH["images"].sum() / count
     assert np.asarray(metrics["rows"]) == 12
     copies = [np.asarray(shard.data) for shard in state.addressable_shards]
     assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies)
-    state, _ = step(state, BATCH)  # What a step returns feeds the next one.
+    state, _ = step(state, second)  # What a step returns feeds the next one.
     assert np.asarray(state) == 1 + 2 * BATCH["images"].sum() / count
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    step = parallel.map_train_step(averaging_step, jax.devices()[:4])
     with pytest.raises(InputError, match="multiple of the 4 devices"):
-        step(np.float32(0), {key: value[:10] for key, value in BATCH.items()})
+        next(parallel.feed([{key: value[:10] for key, value in BATCH.items()}], jax.devices()[:4]))
+
+
+def test_batches_are_fed_in_order_and_ahead_of_their_use():
+    taken = []
+
+    def batches():
+        for number in range(5):
+            taken.append(number)
+            yield {"labels": np.full(4, number)}
+
+    fed = parallel.feed(batches(), jax.devices()[:2], ahead=2)
+    assert np.array_equal(next(fed)["labels"], np.zeros((2, 2))) and taken == [0, 1, 2]
+    assert [int(batch["labels"].max()) for batch in fed] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

@@ -55,8 +55,8 @@ class Step:
         devices = jax.devices()[:1]
         step = parallel.map_train_step(partial(train_step, module, MMPRETRAIN_EVAL, 0), devices)
         state = parallel.replicate(create_state(module, make_optimizer(self.config, TOTAL), variables), devices)
-        for _ in range(self.steps):
-            state, metrics = step(state, {"images": self.images, "labels": self.labels})
+        for batch in parallel.feed([{"images": self.images, "labels": self.labels}] * self.steps, devices):
+            state, metrics = step(state, batch)
         momentum = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_trace) if is_trace(s)).trace
         return self.by_kind(
             dialects.to_torch(state.variables, RULES, None), dialects.to_torch({"params": momentum}, RULES, None)

@@ -22,7 +22,8 @@ from ..logs import Meter, MetricsLog
 from ..training import init_state, make_schedule, train_step
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
-FREE_TO_CHANGE = {"eval_batch_size", "keep"}  # A resumed run gives the same numbers whatever these say.
+# A resumed run gives the same numbers whatever these say.
+FREE_TO_CHANGE = {"eval_batch_size", "keep", "workers", "max_damaged"}
 
 
 def main(argv):
@@ -41,15 +42,8 @@ def main(argv):
         state, start = resume(checkpoints, init_state(module, config, total_steps))
         log = MetricsLog(workdir / "metrics.jsonl", last_step=start)
         report = make_report(config, log, len(train_source), total_steps)
-        batches = train_batches(
-            train_source,
-            config.preprocess,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shift=config.shift,
-            start_step=start,
-            stop_step=total_steps,
-        )
+        batches = train_batches(train_source, config, start_step=start, stop_step=total_steps, workers=config.workers)
+        batches = parallel.feed(without_damage(batches, config, len(train_source)))
         evaluate_at = evaluation_steps(config, len(train_source), total_steps)
         meter = Meter()
         for step, batch in enumerate(shown(batches, config, start, total_steps), start=start + 1):
@@ -172,6 +166,21 @@ def make_report(config, log, examples, total_steps):
             tell(told)
 
     return report
+
+
+def without_damage(batches, config, examples):
+    """The batches as the devices take them; names each damaged image once, and stops when there are too many."""
+    found = set()
+    for batch in batches:
+        for reason in set(batch.pop("damaged")) - found - {""}:
+            found.add(reason)
+            tell(f"warning: {reason}; another one takes its place")
+        if len(found) > max(1, config.max_damaged * examples):
+            raise InputError(
+                f"{len(found)} of {examples} training images are damaged, more than the share max_damaged allows "
+                f"({config.max_damaged}); repair the data or raise it"
+            )
+        yield batch
 
 
 def shown(batches, config, start, total_steps):

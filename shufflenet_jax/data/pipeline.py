@@ -1,27 +1,32 @@
-"""The order in which examples are read, and batches of them, decoded by Grain's threads while the device computes.
+"""The order in which examples are read, and batches of them, decoded by Grain's threads or worker processes.
 
-Every order is a pure function of the seed and the position: nothing needs to be stored to continue a run.
+Every order is a pure function of the seed and the position: nothing needs to be stored to continue a run, and any
+number of hosts, workers and threads sees the same global batches.
 """
 
 import os
 
 import grain
 import numpy as np
+from absl import flags
 
-from . import transforms
+from ..errors import InputError
+from . import augment, transforms
 
 
-def eval_batches(source, preprocess, *, batch_size, limit=None, threads=None):
+def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1, workers=0, threads=None):
     """All examples once, in order, in batches of one size: the last is filled up with rows whose mask is 0.
 
     Args:
       source: a Source.
       preprocess: a Preprocess.
-      batch_size: rows of a batch.
+      batch_size: rows of a batch over all hosts; a multiple of their number.
       limit: read only that many examples.
-      threads: decoding threads; by default one for each core.
+      host, hosts: which slice of each batch to read: rows host * b .. (host + 1) * b - 1, where b = batch_size / hosts.
+      workers: processes that decode; 0 decodes in threads of this one.
+      threads: decoding threads, of each worker if there are any; by default one for each core.
     Returns:
-      An iterable of {"images": uint8 (B, H, W, C), "labels": int32 (B,), "mask": float32 (B,), "names": str (B,)}.
+      An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "mask": float32 (b,), "names": str (b,)}.
     """
     count = len(source) if limit is None else min(limit, len(source))
 
@@ -33,29 +38,67 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, threads=None):
         image = transforms.prepare(example.image, preprocess, example.name)
         return {"images": image, "labels": np.int32(example.label), "mask": np.float32(1), "names": example.name}
 
-    steps = -(-count // batch_size)
-    return _batches(grain.MapDataset.range(steps * batch_size).map(load), batch_size, threads)
+    rows = _host_rows(batch_size, 0, -(-count // batch_size), host, hosts)
+    return _batches(rows.map(load), batch_size // hosts, workers, threads)
 
 
-def train_batches(source, preprocess, *, batch_size, seed, shift=0, start_step=0, stop_step, threads=None):
+def train_batches(source, config, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None):
     """The batches of steps start_step .. stop_step - 1. Every pass over the data has an order of its own.
 
+    Each row is a pure function of the seed and its position in the run. A damaged image is replaced by the next sound
+    one of the data, prepared with the same random numbers; nothing else changes.
+
+    Args:
+      source: a Source.
+      config: a TrainConfig: batch size, seed, preprocessing and augmentation.
+      host, hosts, workers, threads: as in `eval_batches`.
     Returns:
-      An iterable of {"images": uint8 (B, H, W, C), "labels": int32 (B,)}.
+      An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "flip": bool (b,), "erase": int32 (b, 4) with
+      top, left, height and width of a rectangle, "damaged": str (b,)}; the last names the image that had to be
+      replaced, or is empty.
     """
+    size = len(source)
+    order = grain.MapDataset.range(size).seed(config.seed).shuffle().repeat()
 
-    def load(example, rng):
-        image = transforms.prepare(example.image, preprocess, example.name)
-        if shift:
-            image = transforms.random_shift(image, rng, shift)
-        return {"images": image, "labels": np.int32(example.label)}
+    def load(position):
+        epoch, place = divmod(position, size)
+        index = order[epoch * size + place // config.repeats]
+        seed = (config.seed, position)
+        damaged = ""
+        for offset in range(size):
+            try:
+                example = source[(index + offset) % size]
+                # A new generator for each try: what a damaged image has drawn must not matter.
+                row = augment.training_row(example, config, np.random.default_rng(seed))
+                return {**row, "labels": np.int32(example.label), "damaged": damaged}
+            except InputError as error:
+                damaged = damaged or str(error)
+        raise InputError(f"no image of the training data can be read; the first: {damaged}")
 
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(load)
-    return _batches(examples[start_step * batch_size : stop_step * batch_size], batch_size, threads)
+    rows = _host_rows(config.batch_size, start_step, stop_step, host, hosts)
+    return _batches(rows.map(load), config.batch_size // hosts, workers, threads)
 
 
-def _batches(examples, batch_size, threads):
+def _host_rows(batch_size, start, stop, host, hosts):
+    """The positions that one host reads: its slice of the batches start .. stop - 1, in order."""
+    rows, rest = divmod(batch_size, hosts)
+    if rest:
+        raise InputError(f"batch_size is {batch_size}, but must be a multiple of the {hosts} hosts")
+
+    def position(row):
+        step, place = divmod(row, rows)
+        return step * batch_size + host * rows + place
+
+    return grain.MapDataset.range(start * rows, stop * rows).map(position)
+
+
+def _batches(examples, batch_size, workers, threads):
     """Batches of a MapDataset; a thread makes a whole batch, and some are ready before they are asked for."""
     threads = threads or os.cpu_count()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return examples.batch(batch_size).to_iter_dataset(options)
+    batches = examples.batch(batch_size).to_iter_dataset(options)
+    if not workers:
+        return batches
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks absl's flags when it starts workers; nobody here parses any.
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))

@@ -3,6 +3,7 @@
 The evaluation transforms follow MMPretrain, torchvision and Megvii to the pixel.
 """
 
+import contextlib
 import io
 
 import cv2
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 cv2.setNumThreads(0)  # Images are decoded side by side: threads inside one image only get in the way.
 
 
@@ -25,24 +27,53 @@ def prepare(image, preprocess, name="image"):
     Returns:
       uint8 (crop, crop, C), RGB or grey.
     """
+    return center_crop(resize_short_side(pixels_of(image, preprocess, name), preprocess), preprocess.crop)
+
+
+def pixels_of(image, preprocess, name="image"):
+    """An image as a uint8 array (H, W, C), in RGB or, for networks that take it, in grey."""
     pixels = decode(image, preprocess.decoder, name) if isinstance(image, bytes) else image
-    return center_crop(resize_short_side(to_channels(pixels, preprocess.channels), preprocess), preprocess.crop)
+    return to_channels(pixels, preprocess.channels)
 
 
 def decode(data, decoder, name="image"):
     """Encoded bytes to a uint8 array (H, W, 3) in RGB. Raises InputError naming the image when they are damaged."""
-    try:
+    with _damage_named(name):
         if decoder == "cv2":
-            _require_whole_jpeg(data)
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-            if pixels is None:
-                raise ValueError("no decoder knows it")
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            return _decode_opencv(data, oriented=True)
         with Image.open(io.BytesIO(data)) as opened:
             return np.asarray(opened.convert("RGB"))
+
+
+def decode_fast(data, decoder, choose, name="image"):
+    """The same by OpenCV whatever the decoder, which then only says whether EXIF orientation counts; at half size if
+    `choose(height, width)` says so. Returns the array and what `choose` returned: (whether to halve, anything).
+    """
+    with _damage_named(name):
+        with Image.open(io.BytesIO(data)) as opened:  # Reads the header only.
+            width, height = opened.size
+            turned = decoder == "cv2" and opened.getexif().get(ORIENTATION, 1) >= 5
+        half, chosen = choose(*((width, height) if turned else (height, width)))
+        return _decode_opencv(data, oriented=decoder == "cv2", half=half), half, chosen
+
+
+@contextlib.contextmanager
+def _damage_named(name):
+    """Turns what the decoders raise into one error that names the image."""
+    try:
+        yield
     except (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0].split(" <_io")[0] if str(error) else type(error).__name__
         raise InputError(f"image {name} is damaged or not an image ({reason}); repair or remove it") from error
+
+
+def _decode_opencv(data, *, oriented, half=False):
+    _require_whole_jpeg(data)
+    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (0 if oriented else cv2.IMREAD_IGNORE_ORIENTATION))
+    if pixels is None:
+        raise ValueError("no decoder knows it")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def _require_whole_jpeg(data):
@@ -76,10 +107,15 @@ def resize_short_side(pixels, preprocess):
         # As in Megvii's code: divide first, then round to nearest.
         size = tuple(target if side == short else int(target / short * side + 0.5) for side in (width, height))
         return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR).reshape(size[1], size[0], -1)
-    size = tuple(target if side == short else int(target * side / short) for side in (width, height))
+    return resize_pillow(pixels, [target if side == short else int(target * side / short) for side in (width, height)])
+
+
+def resize_pillow(pixels, size):
+    """A uint8 (H, W, C) array at another (width, height), bilinear with antialiasing."""
     # Image.fromarray knows grey images without a channel axis alone.
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    return np.asarray(Image.fromarray(squeezed).resize(size, Image.Resampling.BILINEAR)).reshape(size[1], size[0], -1)
+    resized = Image.fromarray(squeezed).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(resized).reshape(size[1], size[0], -1)
 
 
 def center_crop(pixels, side):
@@ -89,11 +125,28 @@ def center_crop(pixels, side):
     return pixels[top : top + side, left : left + side]
 
 
-def random_shift(pixels, rng, reach):
-    """Moves an image by up to `reach` pixels along each axis; uncovered pixels become 0."""
-    top, left = rng.integers(0, 2 * reach + 1, size=2)
-    height, width = pixels.shape[:2]
-    return np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)))[top : top + height, left : left + width]
+def network_inputs(batch, preprocess, dtype=jnp.float32):
+    """The images of a batch as the network takes them, on the device.
+
+    Args:
+      batch: {"images": uint8 (B, H, W, C) in RGB or grey}, and where training asks for it "flip": bool (B,), the rows
+        to mirror, and "erase": int (B, 4), top, left, height and width of a rectangle to blank in each row.
+      preprocess: a Preprocess.
+      dtype: of the result.
+    Returns:
+      (B, H, W, C).
+    """
+    images = batch["images"]
+    if "flip" in batch:
+        images = jnp.where(batch["flip"][:, None, None, None], images[:, :, ::-1], images)
+    inputs = normalize(images, preprocess, dtype)
+    if "erase" in batch:
+        top, left, height, width = (column[:, None] for column in batch["erase"].T)
+        rows, columns = (jnp.arange(side)[None] for side in inputs.shape[1:3])
+        inside_rows = (rows >= top) & (rows < top + height)
+        inside = inside_rows[:, :, None] & ((columns >= left) & (columns < left + width))[:, None]
+        inputs = jnp.where(inside[..., None], 0, inputs)
+    return inputs
 
 
 def normalize(images, preprocess, dtype=jnp.float32):
