@@ -35,7 +35,7 @@ def save_model(directory, info, variables, *, overwrite=False):
     """
     directory = Path(directory).absolute()
     require_free(directory, overwrite=overwrite)
-    with written_aside(directory) as draft:
+    with written_aside(directory, folder=True) as draft:
         draft.mkdir()
         (draft / INFO).write_text(info.to_json(), encoding="utf-8")
         with ocp.StandardCheckpointer() as checkpointer:
@@ -45,7 +45,8 @@ def save_model(directory, info, variables, *, overwrite=False):
 def require_free(directory, *, overwrite):
     """Raises InputError if a model directory cannot be put there."""
     directory = Path(directory)
-    if directory.exists() and not (overwrite and (directory / INFO).is_file()):
+    only_a_model = directory.is_dir() and {path.name for path in directory.iterdir()} == {INFO, VARIABLES}
+    if directory.exists() and not (overwrite and only_a_model):
         advice = "choose another --out" if overwrite else "choose another --out, or add --overwrite to replace a model"
         raise InputError(f"{directory} exists already; {advice}")
 
@@ -55,7 +56,7 @@ def load_directory(directory, **settings):
     directory = Path(directory).absolute()
     info = read_info(directory)
     module = module_of(info, **settings)
-    if (directory / STEPS).is_dir():
+    if not (directory / VARIABLES).is_dir():
         directory = _best_or_latest(directory)
     return module, _restore(directory / VARIABLES, variable_shapes(module)), info
 
@@ -110,11 +111,18 @@ def _abandoned_reads_silent():
 
 
 def _best_or_latest(workdir):
-    with TrainingCheckpoints(workdir, keep=1, read_only=True) as checkpoints:
-        step = checkpoints.best_step()
-    if step is None:
-        raise InputError(f"{workdir} holds no finished checkpoint yet; let the training run on")
-    return workdir / STEPS / str(step)
+    if not has_steps(workdir):
+        raise InputError(f"{workdir} holds no finished checkpoint; let its training run on, or give another checkpoint")
+    with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
+        return workdir / STEPS / str(checkpoints.best_step())
+
+
+def has_steps(workdir):
+    """Whether a training workdir holds a finished checkpoint."""
+    if not (workdir / STEPS).is_dir():
+        return False
+    with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.best_step() is not None
 
 
 class TrainingCheckpoints:
@@ -167,28 +175,3 @@ class TrainingCheckpoints:
 
 def _top1(metrics):
     return metrics["top1"]
-
-
-@contextlib.contextmanager
-def _abandoned_reads_silent():
-    """Keeps TensorStore from printing a traceback for each read that was under way when another one failed.
-
-    They end whenever they like, so after a failure the silence stays; all else is reported as before.
-    """
-    before = sys.unraisablehook
-
-    def report(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = report
-    yield
-    sys.unraisablehook = before
-
-
-def _best_or_latest(workdir):
-    with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.best_step()
-    if step is None:
-        raise InputError(f"{workdir} holds no finished checkpoint yet; let the training run on")
-    return workdir / STEPS / str(step)

@@ -4,15 +4,20 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from .errors import InputError
+from .files import cache_dir
 
 
 class CommandLine(argparse.ArgumentParser):
     """An argument parser that reports misuse like any other bad input."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.add_help:  # `run` looks for it before anything is parsed.
+            self.add_argument("--debug", action="store_true", help="show where an error came from")
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
@@ -36,13 +41,6 @@ def run(command, argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def cache_dir():
-    """Where converted weights and compiled programs are kept: $SHUFFLENET_JAX_CACHE, or the user's cache folder."""
-    if "SHUFFLENET_JAX_CACHE" in os.environ:
-        return Path(os.environ["SHUFFLENET_JAX_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shufflenet_jax"
 
 
 def use_compilation_cache():

@@ -6,10 +6,32 @@ The published preprocessing follows the evaluation code of MMPretrain, torchvisi
 import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import InputError
+
+
+def _require_types(what, settings):
+    """Raises InputError if a value does not have the type that its dataclass gives it."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _has_type(value, kind):
+            raise InputError(f"{what} has {name} = {value!r}, which cannot be")
+
+
+def _has_type(value, kind):
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_has_type(value, argument) for argument in arguments)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,7 @@ class Preprocess:
     interpolation: Literal["bilinear"] = "bilinear"
 
     def __post_init__(self):
+        _require_types("preprocess", self)
         channels = 1 if self.channel_order == "L" else 3
         if not 0 < self.crop <= self.resize:
             raise InputError(f"preprocess.crop is {self.crop}, but must lie between 1 and preprocess.resize")
@@ -45,6 +68,7 @@ class Preprocess:
         return len(self.mean)
 
 
+WIDTHS = (0.5, 1.0, 1.5, 2.0)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MMPRETRAIN_EVAL = Preprocess(
     "cv2", 256, "pillow", 224, "RGB", 1.0, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
@@ -60,7 +84,7 @@ class ModelInfo:
     """What model.json holds: all that is needed to build the network and to feed it as its authors did."""
 
     width: float
-    layout: str
+    layout: Literal["torchvision", "megvii"]
     num_classes: int  # 0: no classifier.
     preprocess: Preprocess
     classes: tuple[str, ...] | None = None  # Name of each label; WNIDs for ImageNet.
@@ -72,6 +96,9 @@ class ModelInfo:
     metrics: dict | None = None
 
     def __post_init__(self):
+        _require_types("model.json", self)
+        if self.width not in WIDTHS or self.num_classes < 0 or (self.num_classes and not self.conv5):
+            raise InputError("model.json describes no network of this family")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise InputError(f"model.json names {len(self.classes)} classes, but num_classes is {self.num_classes}")
         if self.preprocess.channels != self.in_chans:
@@ -172,7 +199,7 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "shift", "workers"):
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "shift", "workers", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be 0 or more")
         for name in ("color_jitter", "random_erasing", "max_damaged", "min_area"):
@@ -181,7 +208,7 @@ class TrainConfig:
         for name in ("momentum", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
-        if self.width not in (0.5, 1.0, 1.5, 2.0):
+        if self.width not in WIDTHS:
             raise InputError(f"width is {self.width}, but must be 0.5, 1.0, 1.5 or 2.0")
         if self.in_chans not in (1, 3):
             raise InputError(f"in_chans is {self.in_chans}, but must be 3 or 1")

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import parallel
 from .data import transforms
 
 
@@ -23,9 +22,12 @@ def eval_step(module, preprocess, variables, batch, *, flip=False):
       logarithms of the averaged probabilities.
     """
 
+    # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
+    precision = "default" if module.dtype == jnp.bfloat16 else "highest"
+
     def forward(images):
-        inputs = transforms.normalize(images, preprocess, module.dtype)
-        return module.apply(variables, inputs)[0]
+        with jax.default_matmul_precision(precision):
+            return module.apply(variables, transforms.normalize(images, preprocess, module.dtype))[0]
 
     images = batch["images"]
     logits = forward(images)
@@ -50,36 +52,26 @@ def label_ranks(logits, labels):
     return (~((logits < chosen) | ((logits == chosen) & later))).sum(1)
 
 
-class Evaluator:
-    """Evaluates variables of one module: compiled once, called as often as a training run needs it."""
+def evaluate(step, variables, batches, *, keep_logits=False):
+    """Runs an evaluation over all batches.
 
-    def __init__(self, module, preprocess, *, flip=False, devices=None):
-        # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
-        precision = "default" if module.dtype == jnp.bfloat16 else "highest"
-
-        def step(variables, batch):
-            with jax.default_matmul_precision(precision):
-                return eval_step(module, preprocess, variables, batch, flip=flip)
-
-        self._step = parallel.map_eval_step(step, devices)
-        self._devices = devices
-
-    def __call__(self, variables, batches, *, keep_logits=False):
-        """Runs over batches from `data.pipeline.eval_batches`, whatever their size.
-
-        Returns:
-          {"images", "top1_correct", "top5_correct": integers, "top1", "top5": percent, "loss": mean}, and, when
-          `keep_logits`, {"name", "label", "logits"} with a row for each image in the order read, else None.
-        """
-        variables = parallel.replicate(variables, self._devices)
-        totals, kept, running = {}, [], None
-        for batch in batches:
-            arrays = {key: batch[key] for key in ("images", "labels", "mask")}
-            previous, running = running, (batch, *self._step(variables, arrays))
-            if previous:  # The device computes this batch while the one before is counted.
-                _count(*previous, totals, kept, keep_logits)
-        _count(*running, totals, kept, keep_logits)
-        return _figures(totals), _join(kept) if keep_logits else None
+    Args:
+      step: `eval_step` over all devices: `parallel.map_eval_step(partial(eval_step, module, preprocess))`.
+      variables: the network's, on those devices.
+      batches: from `data.pipeline.eval_batches`, of any size.
+      keep_logits: also return a row for each image.
+    Returns:
+      {"images", "top1_correct", "top5_correct": integers, "top1", "top5": percent, "loss": mean}, and
+      {"name", "label", "logits"} in the order read, or None.
+    """
+    totals, kept, running = {}, [], None
+    for batch in batches:
+        arrays = {key: batch[key] for key in ("images", "labels", "mask")}
+        previous, running = running, (batch, *step(variables, arrays))
+        if previous:  # The device computes this batch while the one before is counted.
+            _count(*previous, totals, kept, keep_logits)
+    _count(*running, totals, kept, keep_logits)
+    return _figures(totals), _join(kept) if keep_logits else None
 
 
 def _count(batch, sums, logits, totals, kept, keep_logits):

@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
+"""Places on disk: the cache, and files and folders that appear whole or not at all."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,13 +9,23 @@ from pathlib import Path
 from .errors import InputError
 
 
+def cache_dir():
+    """Where converted weights and compiled programs are kept: $SHUFFLENET_JAX_CACHE, or the user's cache folder."""
+    if "SHUFFLENET_JAX_CACHE" in os.environ:
+        return Path(os.environ["SHUFFLENET_JAX_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shufflenet_jax"
+
+
 @contextlib.contextmanager
-def written_aside(target):
+def written_aside(target, *, folder=False):
     """A path in a new folder beside `target`: what the block leaves there takes the target's place at its end.
 
-    If the block raises, or leaves nothing, the target stays as it was. Raises InputError where nothing can be written.
+    If the block raises, or leaves nothing, the target stays as it was. Raises InputError, before the block runs, where
+    nothing can be written; a folder is replaced only by a `folder`.
     """
     target = Path(target).expanduser().absolute()
+    if target.is_dir() and not folder:
+        raise InputError(f"{target} is a folder; name a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -23,7 +34,7 @@ def written_aside(target):
     draft, old = aside / target.name, aside / "old"
     try:
         yield draft
-        if target.is_dir():  # A folder does not give way to a rename; a file does.
+        if folder and target.exists():  # A folder does not give way to a rename; a file does.
             target.rename(old)
         try:
             draft.rename(target)

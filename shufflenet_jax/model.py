@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from . import ops
+from .errors import InputError
 
 CHANNELS = {  # width: output channels of stage2, stage3, stage4, conv5
     0.5: (48, 96, 192, 1024),
@@ -65,7 +66,7 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             count = x.size // x.shape[-1]
             if count < 2:
-                raise ValueError("batch norm needs more than one value per channel to train: enlarge the batch")
+                raise InputError("batch norm needs more than one value per channel to train: enlarge the batch")
             unbiased = var * (count / (count - 1))
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * unbiased

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .errors import InputError
-
-AXIS = "devices"
+from .training import AXIS
 
 
 def replicate(tree, devices=None):
@@ -29,15 +28,20 @@ def map_train_step(step, devices=None):
     return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
 
+def require_divisible(batch_size, devices=None):
+    """Raises InputError if the devices cannot take equal shares of a batch."""
+    count = len(devices or jax.local_devices())
+    if batch_size % count:
+        raise InputError(f"batch_size is {batch_size}, but must be a multiple of the {count} devices")
+
+
 def feed(batches, devices=None, *, ahead=2):
     """Host batches, {name: (B, ...)}, as {name: (devices, B / devices, ...)} on the devices, copied ahead of use."""
     devices = devices or jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
     waiting = deque()
     for batch in batches:
-        rows = len(batch["labels"])
-        if rows % len(devices):
-            raise InputError(f"batch_size is {rows}, but must be a multiple of the {len(devices)} devices")
+        require_divisible(len(batch["labels"]), devices)
         waiting.append(jax.device_put(_split(batch, len(devices)), sharding))
         if len(waiting) > ahead:
             yield waiting.popleft()
@@ -47,7 +51,7 @@ def feed(batches, devices=None, *, ahead=2):
 def map_eval_step(step, devices=None):
     """`step(variables, batch) -> (sums, rows)` of one device, as one call on a whole batch of any size.
 
-    Sums are added over the devices; rows come back as (B, ...), those of the padding included.
+    Sums are added over the devices; rows come back as (devices, ceil(B / devices), ...), those of the padding last.
     """
     count = len(devices or jax.local_devices())
 

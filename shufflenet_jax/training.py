@@ -13,7 +13,8 @@ from flax.training import train_state
 from .data import transforms
 from .evaluation import label_ranks
 from .model import init_variables
-from .parallel import AXIS
+
+AXIS = "devices"  # Over which the steps of all devices are averaged.
 
 
 class State(train_state.TrainState):

@@ -78,13 +78,13 @@ def convert_network(network, dialect):
 
 
 @pytest.fixture
-def call(capsys):
+def call(capfd):
     """Runs a command's main as a process would: `call(main, argv)` -> (exit status, stdout, stderr)."""
 
     def call(main, *argv):
-        capsys.readouterr()
+        capfd.readouterr()
         status = run(main, [str(word) for word in argv])
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return status, captured.out, captured.err
 
     return call

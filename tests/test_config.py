@@ -28,6 +28,17 @@ def test_a_model_description_comes_back_as_it_was_written():
         {"preprocess": {**dataclasses.asdict(DIGITS_EVAL), "mean": []}},
         {"preprocess": {**dataclasses.asdict(DIGITS_EVAL), "std": [0.0]}},
         {"unknown": 1},
+        {"width": 3.0},
+        {"width": "1.0"},
+        {"layout": "other"},
+        {"num_classes": -1},
+        {"num_classes": "10"},
+        {"num_classes": True},
+        {"conv5": False},
+        {"source": []},
+        {"preprocess": {**dataclasses.asdict(DIGITS_EVAL), "mean": ["a"]}},
+        {"preprocess": {**dataclasses.asdict(DIGITS_EVAL), "decoder": "other"}},
+        {"preprocess": {**dataclasses.asdict(DIGITS_EVAL), "channel_order": "XYZ"}},
     ],
 )
 def test_a_model_description_that_contradicts_itself_is_refused(change):

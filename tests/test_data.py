@@ -180,14 +180,20 @@ def test_digits_are_enlarged_in_grey():
 
 
 @pytest.mark.parametrize("decoder", ["cv2", "pillow"])
-@pytest.mark.parametrize("damage", ["text", "empty", "half", "header"])
+@pytest.mark.parametrize("damage", ["text", "empty", "half", "header", "png"])
 def test_damaged_images_are_named(decoder, damage):
     # With a thumbnail in its EXIF block, a cut file still holds an end-of-image mark.
     exif = Image.Exif()
     exif[ROTATE] = 1
     thumbnail = encode(picture(16, 16), "JPEG")
     whole = encode(picture(100, 100), "JPEG", exif=exif, comment=thumbnail)
-    data = {"text": b"not an image", "empty": b"", "half": whole[: len(whole) // 2], "header": whole[:4]}[damage]
+    if damage == "half":  # Fill bytes before a marker are allowed.
+        head, marker, tail = whole.rpartition(b"\xff\xdb")
+        filled = head + b"\xff\xff" + marker + tail
+        assert_array_equal(transforms.decode(filled, decoder), transforms.decode(whole, decoder))
+    data = {"text": b"not an image", "empty": b"", "half": whole[: len(whole) // 2], "header": whole[:4]}
+    data["png"] = encode(picture(100, 100))[:-100]
+    data = data[damage]
     assert transforms.decode(whole, decoder).shape == (100, 100, 3)
     with pytest.raises(InputError, match=r"some\.jpg is damaged"):
         transforms.decode(data, decoder, "some.jpg")

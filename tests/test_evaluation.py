@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -6,11 +7,12 @@ import pytest
 from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose, assert_array_equal
 
+from shufflenet_jax import parallel
 from shufflenet_jax.config import TORCHVISION_EVAL
 from shufflenet_jax.data import transforms
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
-from shufflenet_jax.evaluation import Evaluator, label_ranks
+from shufflenet_jax.evaluation import eval_step, evaluate, label_ranks
 
 SMALL_EVAL = dataclasses.replace(TORCHVISION_EVAL, resize=64, crop=64)
 
@@ -29,15 +31,16 @@ def test_ranks_count_the_classes_in_front_and_break_ties_by_index():
     assert (ranks[3:] > 0).all(), "NaN must never count as correct"
 
 
-def evaluate(network, *, batch_size, devices=1, **settings):
+def run(network, *, batch_size, devices=1, **settings):
     module, variables = network
-    evaluator = Evaluator(module, SMALL_EVAL, devices=jax.devices()[:devices], **settings)
+    devices = jax.devices()[:devices]
+    step = parallel.map_eval_step(partial(eval_step, module, SMALL_EVAL, **settings), devices)
     batches = eval_batches(open_source("digits"), SMALL_EVAL, batch_size=batch_size, limit=40)
-    return evaluator(variables, batches, keep_logits=True)
+    return evaluate(step, parallel.replicate(variables, devices), batches, keep_logits=True)
 
 
 def test_counts_and_loss_are_those_of_the_logits(network):
-    figures, rows = evaluate(network, batch_size=16)
+    figures, rows = run(network, batch_size=16)
     order = np.argsort(-rows["logits"], axis=1)
     assert figures["images"] == len(rows["label"]) == 40
     assert figures["top1_correct"] == (order[:, 0] == rows["label"]).sum()
@@ -50,9 +53,9 @@ def test_counts_and_loss_are_those_of_the_logits(network):
 
 
 def test_devices_and_batch_sizes_change_nothing(network):
-    expected, rows = evaluate(network, batch_size=40)
+    expected, rows = run(network, batch_size=40)
     for devices, batch_size in [(1, 7), (3, 1), (3, 16), (4, 7), (4, 128)]:
-        figures, others = evaluate(network, batch_size=batch_size, devices=devices)
+        figures, others = run(network, batch_size=batch_size, devices=devices)
         assert [figures[key] for key in ("images", "top1_correct", "top5_correct")] == [
             expected[key] for key in ("images", "top1_correct", "top5_correct")
         ]
@@ -63,7 +66,7 @@ def test_devices_and_batch_sizes_change_nothing(network):
 
 def test_flip_averages_the_probabilities_of_both_sides(network):
     module, variables = network
-    _, rows = evaluate(network, batch_size=40, flip=True)
+    _, rows = run(network, batch_size=40, flip=True)
     batch = next(iter(eval_batches(open_source("digits"), SMALL_EVAL, batch_size=40, limit=40)))
     sides = [transforms.normalize(side, SMALL_EVAL) for side in (batch["images"], batch["images"][:, :, ::-1])]
     forward = jax.jit(lambda side: jax.nn.softmax(module.apply(variables, side)[0]))
@@ -72,5 +75,5 @@ def test_flip_averages_the_probabilities_of_both_sides(network):
 
 def test_a_network_that_gives_nan_gets_nothing_right(network):
     module, variables = network
-    figures, _ = evaluate((module, jax.tree.map(lambda leaf: leaf * np.nan, variables)), batch_size=40)
+    figures, _ = run((module, jax.tree.map(lambda leaf: leaf * np.nan, variables)), batch_size=40)
     assert figures["top1_correct"] == figures["top5_correct"] == 0

@@ -12,7 +12,7 @@ def test_a_file_and_a_folder_take_their_place_at_the_end(tmp_path):
                 assert not target.exists() or target.read_text() == "first"
             assert target.read_text() == text
     for name in ("a", "b"):
-        with written_aside(tmp_path / "folder") as draft:
+        with written_aside(tmp_path / "folder", folder=True) as draft:
             draft.mkdir()
             (draft / name).touch()
         assert [path.name for path in (tmp_path / "folder").iterdir()] == [name]
@@ -26,11 +26,17 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, kind):
         target.write_text("old")
     else:
         target.mkdir()
-    with pytest.raises(RuntimeError), written_aside(target) as draft:
+    with pytest.raises(RuntimeError), written_aside(target, folder=kind == "folder") as draft:
         draft.write_text("half")
         raise RuntimeError
     assert target.is_dir() if kind == "folder" else target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="is a folder"), written_aside(tmp_path / "folder"):
+        pytest.fail("must be refused before anything is computed")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -10,14 +10,15 @@ import torch
 from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose
 
-from shufflenet_jax.checkpoint import read_info
+from shufflenet_jax.checkpoint import read_info, save_model
 from shufflenet_jax.commands import from_torch, to_torch
+from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo
 from shufflenet_jax.data import transforms
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.loading import load_model
-from shufflenet_jax.model import CHANNELS
+from shufflenet_jax.model import CHANNELS, ShuffleNetV2, init_variables
 from shufflenet_jax.porting import convert, dialects
 
 WIDTHS = (0.5, 1.0, 1.5, 2.0)
@@ -223,6 +224,7 @@ def altered(**changes):
     return alter
 
 
+STAGE2_DEPTHWISE = [f"stage2__{unit}__branch2__3__weight" for unit in range(4)]
 REFUSED = {  # name: (what the file holds, options, what the error must say)
     "missing": (None, (), ["no.pth", "No such file"]),
     "text": (lambda path: path.write_text("hello"), (), ["damaged or not a PyTorch file"]),
@@ -234,7 +236,7 @@ REFUSED = {  # name: (what the file holds, options, what the error must say)
     "no averages": ("small", ("--ema",), ["no averaged weights"]),
     "other dialect": ("small", ("--dialect", "megvii"), ["speaks torchvision, not megvii"]),
     "misshapen": (altered(conv5__0__weight=lambda t: t[:-1]), (), ["conv5.0.weight is (1023, 192, 1, 1), not (1024"]),
-    "nan": (altered(fc__bias=lambda t: t * torch.nan), (), ["not finite: fc.bias"]),
+    "nan": (altered(fc__bias=lambda t: t * torch.nan), (), ["not numbers that float32 holds: fc.bias"]),
     "negative variance": (altered(conv1__1__running_var=lambda t: -t), (), ["conv1.1.running_var"]),
     "all at once": (
         altered(
@@ -245,6 +247,20 @@ REFUSED = {  # name: (what the file holds, options, what the error must say)
         ),
         (),
         ["missing: conv1.0.weight, fc.bias;", "unexpected: extra;", "misshapen: stage3.2.branch2.3.weight is"],
+    ),
+    "no stage2": (altered(**dict.fromkeys(STAGE2_DEPTHWISE, lambda t: None)), (), ["missing: stage2.0.branch2.3"]),
+    "no classifier weight": (altered(fc__weight=lambda t: None), (), ["missing: fc.weight"]),
+    "scalars": (altered(**dict.fromkeys(STAGE2_DEPTHWISE, lambda t: t.sum())), (), ["is ()"]),
+    "number names": (lambda path: torch.save({0: torch.zeros(1), "a": torch.zeros(1)}, path), (), ["no state dict"]),
+    "counter": (altered(conv1__1__num_batches_tracked=lambda t: torch.zeros(2)), (), ["not one whole number"]),
+    "complex": (altered(fc__weight=lambda t: t + 1j), (), ["float32 holds: fc.weight"]),
+    "double": (altered(fc__weight=lambda t: t.double() / 3), (), ["float32 holds: fc.weight"]),
+    "integers": (altered(fc__weight=lambda t: t.to(torch.int8)), (), ["float32 holds: fc.weight"]),
+    "sparse": (altered(fc__weight=lambda t: t.to_sparse()), (), ["sparse"]),
+    "strange classes": (
+        lambda path: torch.save({"meta": {"CLASSES": torch.zeros(2)}, "state_dict": resnet_keys()}, path),
+        (),
+        ["not those of a ShuffleNetV2"],
     ),
     "twice": (altered(module__fc__bias=lambda t: torch.zeros(10)), (), ["fc.bias twice"]),
 }
@@ -310,6 +326,30 @@ def test_a_conversion_that_computes_something_else_exits_1_and_writes_nothing(tm
     monkeypatch.setitem(dialects.DIALECTS, "torchvision", wrong)
     status, out, _ = call(from_torch.main, small_file, "--out", tmp_path / "out")
     assert status == 1 and "nothing written" in out and not (tmp_path / "out").exists()
+
+
+def test_a_training_or_a_model_with_other_files_is_never_overwritten(tmp_path, small_file, call, refused):
+    assert call(from_torch.main, small_file, "--out", tmp_path / "model", "--no-verify")[0] == 0
+    (tmp_path / "model/thesis.txt").touch()
+    assert "exists already" in refused(from_torch.main, small_file, "--out", tmp_path / "model", "--overwrite")
+    assert (tmp_path / "model/thesis.txt").exists()
+
+
+def test_a_classifier_of_zeros_is_proven_equal_too(tmp_path, call):
+    network = lively_network("torchvision")
+    torch.nn.init.zeros_(network.fc.weight)
+    torch.nn.init.zeros_(network.fc.bias)
+    status, out, _ = call(from_torch.main, save(network, tmp_path / "z.pth"), "--out", tmp_path / "z")
+    assert status == 0, out
+
+
+def test_a_network_for_small_images_stays_in_jax(tmp_path, refused):
+    module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True)
+    info = ModelInfo(0.5, "torchvision", 10, MMPRETRAIN_EVAL, small_stem=True)
+    save_model(tmp_path / "small", info, init_variables(module))
+    argv = (tmp_path / "small", "--dialect", "torchvision", "--out", tmp_path / "f.pth")
+    assert "a stem of its own" in refused(to_torch.main, *argv)
+    assert not (tmp_path / "f.pth").exists()
 
 
 def test_to_torch_refuses_the_other_wiring(tmp_path, small_file, call, refused):

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import lively_network
+from conftest import convert_network, lively_network
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
@@ -18,7 +18,6 @@ from shufflenet_jax.model import ShuffleNetV2, variable_shapes
 from shufflenet_jax.porting import convert, dialects, reference
 from shufflenet_jax.training import create_state, decays, make_optimizer, make_schedule, train_step
 
-RULES = dialects.TORCHVISION
 IN1K = TrainConfig(data="imagenet", warmup_steps=5000)
 TOTAL = 375_600
 NOISE = 1e-12  # Some thousand times what float64 rounds the stem's values by.
@@ -44,13 +43,14 @@ def test_all_but_batch_norm_decays():
 class Step:
     """Three ways to see the same training: {kind of tensor: {key: array}} after some steps."""
 
-    def __init__(self, tensors, images, labels, steps=1):
+    def __init__(self, tensors, images, labels, *, dialect="torchvision", steps=1):
         self.tensors, self.images, self.labels, self.steps = tensors, images, labels, steps
+        self.dialect, self.rules = dialect, dialects.DIALECTS[dialect]
         self.config = dataclasses.replace(IN1K, warmup_steps=steps - 1)  # The last step is across the warm-up's edge.
 
     def in_jax(self, dtype):
-        module = dialects.module_for(self.tensors, RULES).clone(dtype=np.dtype(dtype))
-        variables, _ = dialects.from_torch(self.tensors, RULES, module)
+        module = dialects.module_for(self.tensors, self.rules).clone(dtype=np.dtype(dtype))
+        variables, _ = dialects.from_torch(self.tensors, self.rules, module)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
         devices = jax.devices()[:1]
         step = parallel.map_train_step(partial(train_step, module, MMPRETRAIN_EVAL, 0), devices)
@@ -58,13 +58,13 @@ class Step:
         for batch in parallel.feed([{"images": self.images, "labels": self.labels}] * self.steps, devices):
             state, metrics = step(state, batch)
         momentum = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_trace) if is_trace(s)).trace
-        return self.by_kind(
-            dialects.to_torch(state.variables, RULES, None), dialects.to_torch({"params": momentum}, RULES, None)
-        ), float(metrics["loss"])
+        tensors = dialects.to_torch(state.variables, self.rules, None)
+        momentum = dialects.to_torch({"params": momentum}, self.rules, None)
+        return self.by_kind(tensors, momentum), float(metrics["loss"])
 
     def in_pytorch(self, dtype):
-        classes = len(self.tensors["fc.bias"])
-        network = reference.NETWORKS["torchvision"](dialects.module_for(self.tensors, RULES).width, classes)
+        module = dialects.module_for(self.tensors, self.rules)
+        network = reference.NETWORKS[self.dialect](module.width, module.num_classes)
         network.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in self.tensors.items()})
         network.to(getattr(torch, dtype)).train()
         norms = {p for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
@@ -101,7 +101,7 @@ def kind(key, array):
     """Tensors of like size: convolutions by their kernel, batch norm's four vectors, the classifier's two."""
     if array.ndim == 4:
         return f"{array.shape[2]}x{array.shape[3]}, {array.shape[1]} in" if array.shape[1] < 4 else "1x1"
-    return key if key.startswith("fc") else key.rpartition(".")[2]
+    return key if array.ndim == 2 or key == "fc.bias" else key.rpartition(".")[2]
 
 
 def is_trace(node):
@@ -117,16 +117,60 @@ def assert_same_to(share, ours, theirs):
         assert difference <= share * largest, name
 
 
-def test_two_steps_in_float64_are_pytorchs(x64):
-    network = lively_network("torchvision")
+@pytest.mark.parametrize("dialect", ["torchvision", "megvii"])
+def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect):
+    network = lively_network(dialect)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
     tensors = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
-    step = Step(tensors, images, rng.integers(0, 10, 8).astype(np.int32), steps=2)
+    step = Step(tensors, images, rng.integers(0, 10, 8).astype(np.int32), dialect=dialect, steps=2)
     (ours, our_loss), (theirs, their_loss) = step.in_jax("float64"), step.in_pytorch("float64")
     assert_allclose(our_loss, their_loss, rtol=1e-9)
     # float64 rounds 1e-16; batch norm over 32 values a channel in stage4 and two steps amplify it.
     assert_same_to(1e-7, ours, theirs)
+
+
+def test_devices_average_their_gradients_and_statistics_and_keep_equal_copies(x64):
+    """Four devices with the same images each must do what one does with them."""
+    module, variables = convert_network(lively_network("torchvision"), "torchvision")
+    module = module.clone(dtype=np.float64)
+    variables = jax.tree.map(np.float64, variables)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8), rng.integers(0, 10, 4).astype(np.int32)
+    found = []
+    for count in (1, 4):
+        devices = jax.devices()[:count]
+        step = parallel.map_train_step(partial(train_step, module, MMPRETRAIN_EVAL, 0), devices)
+        state = parallel.replicate(create_state(module, make_optimizer(IN1K, TOTAL), variables), devices)
+        batch = {"images": np.tile(images, (count, 1, 1, 1)), "labels": np.tile(labels, count)}
+        for fed in parallel.feed([batch, batch], devices):
+            state, metrics = step(state, fed)
+        for leaf in jax.tree.leaves(state):
+            copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+            assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies)
+        found.append(jax.device_get((state.variables, state.optimizer, metrics)))
+    for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
+        assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)  # A sum of four equal numbers, a quarter of it.
+
+
+def test_devices_with_different_images_take_the_mean_of_their_gradients(x64):
+    """The step of two devices is the mean of the steps that each would take alone: SGD's first step is linear."""
+    module, variables = convert_network(lively_network("torchvision"), "torchvision")
+    module = module.clone(dtype=np.float64)
+    variables = jax.tree.map(np.float64, variables)
+    rng = np.random.default_rng(0)
+    batch = {"images": rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8), "labels": np.arange(8, dtype=np.int32)}
+
+    def step(batch, count):
+        devices = jax.devices()[:count]
+        mapped = parallel.map_train_step(partial(train_step, module, MMPRETRAIN_EVAL, 0), devices)
+        state = parallel.replicate(create_state(module, make_optimizer(IN1K, TOTAL), variables), devices)
+        return jax.device_get(mapped(state, next(parallel.feed([batch], devices)))[0].variables)
+
+    halves = [step({key: value[rows] for key, value in batch.items()}, 1) for rows in (slice(4), slice(4, 8))]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    for ours, theirs in zip(*map(jax.tree.leaves, (step(batch, 2), mean)), strict=True):
+        assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,28 @@
 
 import json
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
+from .. import parallel
 from ..cli import CommandLine, positive_integer, progress
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
-from ..evaluation import Evaluator
+from ..evaluation import eval_step, evaluate
 from ..files import written_aside
 from ..loading import load_model
 from ..ops import LOWERINGS
 
 DESCRIPTION = "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss."
 EXPECTED = {  # option: (figure, type, meaning)
-    "--expect-top1-correct": ("top1_correct", int, "number of images whose label must come first"),
-    "--expect-top5-correct": ("top5_correct", int, "number of images whose label must be among the first five"),
-    "--expect-top1": ("top1", float, "top-1 accuracy it must reach, in percent to two decimals"),
-    "--expect-top5": ("top5", float, "top-5 accuracy it must reach, in percent to two decimals"),
+    "--expect-top1-correct": ("top1_correct", int, "number of images whose label comes first"),
+    "--expect-top5-correct": ("top5_correct", int, "number of images whose label is among the first five"),
+    "--expect-top1": ("top1", float, "top-1 accuracy in percent, to two decimals"),
+    "--expect-top5": ("top5", float, "top-5 accuracy in percent, to two decimals"),
 }
 
 
@@ -32,13 +35,16 @@ def main(argv):
     source = open_source(options.data, options.split, classes=info.classes, num_classes=info.num_classes)
     total = min(options.limit or len(source), len(source))
 
-    evaluate = Evaluator(module, info.preprocess, flip=options.tta == "flip")
+    step = parallel.map_eval_step(partial(eval_step, module, info.preprocess, flip=options.tta == "flip"))
     batches = eval_batches(source, info.preprocess, batch_size=min(options.batch_size, total), limit=total)
-    figures, rows = evaluate(variables, shown(batches, total), keep_logits=bool(options.predictions))
-
-    if options.predictions:
-        with written_aside(options.predictions) as draft, open(draft, "wb") as file:
-            np.savez(file, **rows)
+    # Opened first: a place that cannot be written should not cost an evaluation.
+    with written_aside(options.predictions) if options.predictions else nullcontext() as draft:
+        figures, rows = evaluate(
+            step, parallel.replicate(variables), shown(batches, total), keep_logits=bool(options.predictions)
+        )
+        if draft:
+            with open(draft, "wb") as file:
+                np.savez(file, **rows)
     figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
     missed = misses(figures, options)
     print(*missed, sep="", end="", file=sys.stderr)
@@ -58,7 +64,8 @@ def parse(argv):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the computation")
     parser.add_argument("--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference")
     for option, (_, kind, meaning) in EXPECTED.items():
-        parser.add_argument(option, type=kind, metavar="N" if kind is int else "P", help=f"{meaning}, else exit 1")
+        told = f"the {meaning}; exit 1 if another comes out"
+        parser.add_argument(option, type=kind, metavar="N" if kind is int else "P", help=told)
     return parser.parse_args(argv)
 
 

@@ -17,9 +17,8 @@ def main(argv):
     parser.add_argument("--out", required=True, help="the file to write")
     options = parser.parse_args(argv)
 
-    tensors = convert.back_to_torch(options.dir, options.dialect)
-    content = {"meta": {}, "state_dict": tensors} if options.dialect == "mmpretrain" else tensors
     with written_aside(options.out) as draft:
-        torch.save(content, draft)
+        tensors = convert.back_to_torch(options.dir, options.dialect)
+        torch.save({"meta": {}, "state_dict": tensors} if options.dialect == "mmpretrain" else tensors, draft)
     print(f"wrote {options.out}: {len(tensors)} tensors")
     return 0

@@ -1,6 +1,5 @@
 """`train.py`: trains a preset, with any of its settings overridden; the same command again resumes."""
 
-import argparse
 import dataclasses
 import json
 from functools import partial
@@ -16,7 +15,7 @@ from ..config import PRESETS, ModelInfo, TrainConfig
 from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import open_source
 from ..errors import InputError
-from ..evaluation import Evaluator
+from ..evaluation import eval_step, evaluate
 from ..files import written_aside
 from ..logs import Meter, MetricsLog
 from ..training import init_state, make_schedule, train_step
@@ -32,10 +31,11 @@ def main(argv):
     train_source, eval_source = open_sources(config)
     total_steps = max(1, config.epochs * len(train_source) // config.batch_size)
     info = describe(config, train_source)
+    parallel.require_divisible(config.batch_size)
     prepare_workdir(workdir, config, info)
 
     module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), lowering=config.lowering, remat=config.remat)
-    evaluate = make_evaluate(module, config, eval_source)
+    evaluate_state = make_evaluate(module, config, eval_source)
     step_fn = parallel.map_train_step(partial(train_step, module, config.preprocess, config.seed))
 
     with checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints:
@@ -53,7 +53,7 @@ def main(argv):
             if step % config.log_every == 0 or step in evaluate_at:
                 report(step, "train", meter.take())
             if step in evaluate_at:
-                figures = evaluate(state.variables)
+                figures, _ = evaluate_state(state.variables)
                 report(step, "eval", figures)
                 checkpoints.save(step, jax.device_get(state.variables), jax.device_get(state.optimizer), figures)
                 meter.restart()
@@ -65,7 +65,7 @@ def main(argv):
 
 def parse(argv):
     """The TrainConfig and the workdir that the command line asks for."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = CommandLine(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     name = first.parse_known_args(argv)[0].config
     parser = Parser(
@@ -104,22 +104,31 @@ def describe(config, source):
 
 
 def prepare_workdir(workdir, config, info):
-    """Writes config.json and model.json, or checks that the run which lies there has the same settings."""
-    settings = dataclasses.asdict(config)
-    stored = workdir / "config.json"
+    """Writes config.json and model.json, or checks that the run which lies there has the same settings.
+
+    A run that has not saved a checkpoint yet may be started anew with other settings.
+    """
+    settings, stored = dataclasses.asdict(config), workdir / "config.json"
     if stored.exists():
-        try:
-            before = json.loads(stored.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{stored} is damaged: {error}; choose another --workdir") from error
-        changed = [key for key in settings if key not in FREE_TO_CHANGE and settings[key] != before.get(key)]
-        if changed:
-            told = ", ".join(f"{key} is {before.get(key)} there and {settings[key]} here" for key in changed)
-            raise InputError(f"{workdir} holds a run with other settings: {told}; choose another --workdir")
-        return
-    for name, text in ((checkpoint.INFO, info.to_json()), (stored.name, json.dumps(settings, indent=2) + "\n")):
-        with written_aside(workdir / name) as draft:
+        if checkpoint.has_steps(workdir):
+            require_same_settings(workdir, settings, stored)
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise InputError(f"{workdir} exists and is no training of ours; choose another --workdir")
+    for path, text in ((stored, json.dumps(settings, indent=2) + "\n"), (workdir / checkpoint.INFO, info.to_json())):
+        with written_aside(path) as draft:
             draft.write_text(text, encoding="utf-8")
+
+
+def require_same_settings(workdir, settings, stored):
+    """Raises InputError if the run in a workdir has other settings that change its numbers."""
+    try:
+        before = dict(json.loads(stored.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{stored} is damaged: {error}; choose another --workdir") from error
+    changed = [key for key in settings if key not in FREE_TO_CHANGE and settings[key] != before.get(key)]
+    if changed:
+        told = ", ".join(f"{key} is {before.get(key)} there and {settings[key]} here" for key in changed)
+        raise InputError(f"{workdir} holds a run with other settings: {told}; choose another --workdir")
 
 
 def resume(checkpoints, state):
@@ -140,9 +149,9 @@ def evaluation_steps(config, examples, total_steps):
 
 def make_evaluate(module, config, source):
     """A function from variables to the figures of the evaluation split."""
-    evaluator = Evaluator(module, config.preprocess)
+    step = parallel.map_eval_step(partial(eval_step, module, config.preprocess))
     batch_size = min(config.eval_batch_size, len(source))
-    return lambda variables: evaluator(variables, eval_batches(source, config.preprocess, batch_size=batch_size))[0]
+    return lambda variables: evaluate(step, variables, eval_batches(source, config.preprocess, batch_size=batch_size))
 
 
 def make_report(config, log, examples, total_steps):

@@ -100,8 +100,8 @@ def _open_list(listing, folder):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 up")
+        if not name or not label.isdecimal() or len(label) > 7:
+            raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 to 9999999")
         names.append(name)
         labels.append(int(label))
     if not names:

@@ -68,7 +68,7 @@ def _damage_named(name):
 
 
 def _decode_opencv(data, *, oriented, half=False):
-    _require_whole_jpeg(data)
+    _require_whole(data)
     flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (0 if oriented else cv2.IMREAD_IGNORE_ORIENTATION))
     if pixels is None:
@@ -76,13 +76,18 @@ def _decode_opencv(data, *, oriented, half=False):
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def _require_whole_jpeg(data):
-    """OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses it, and so do we."""
+def _require_whole(data):
+    """OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses cut files, and so do we."""
     if not data.startswith(b"\xff\xd8"):
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
         return
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1 : position + 2] == b"\xff":  # Any number of these may fill up before a marker.
+            position += 1
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
     if data.find(b"\xff\xd9", position) < 0:
         raise ValueError("the file is truncated")
@@ -153,5 +158,6 @@ def normalize(images, preprocess, dtype=jnp.float32):
     """uint8 crops (B, H, W, C) in RGB or grey to the network's input, on the device."""
     if preprocess.channel_order == "BGR":
         images = images[..., ::-1]
-    mean, std = (jnp.asarray(v, dtype)[None, None, None] for v in (preprocess.mean, preprocess.std))
-    return (images.astype(dtype) * preprocess.scale - mean) / std
+    wide = jnp.promote_types(dtype, jnp.float32)
+    mean, std = (jnp.asarray(v, wide)[None, None, None] for v in (preprocess.mean, preprocess.std))
+    return ((images.astype(wide) * preprocess.scale - mean) / std).astype(dtype)

@@ -5,6 +5,7 @@ Files: legacy and zip, MMPretrain 0.x and 1.x, torchvision, Megvii, ericsun99.
 
 import hashlib
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 
 from .. import checkpoint
-from ..cli import cache_dir
 from ..config import ModelInfo
 from ..data import transforms
 from ..data.labels import imagenet_classes
 from ..errors import InputError
+from ..files import cache_dir
 from ..model import FEATURES
 from . import dialects, reference
 
@@ -58,7 +59,7 @@ STAND_INS = [
 class TorchFile:
     """What a checkpoint file holds that matters here."""
 
-    tensors: dict  # {key: float32 or integer NumPy array}
+    tensors: dict  # {key: NumPy array}
     classes: tuple | None  # Class names, where the file gives them.
     name: str
     sha256: str
@@ -79,7 +80,8 @@ def read(path, *, ema=False):
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]):
+        with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What PyTorch warns of ends in the errors below.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged files raise almost anything.
         if "Unsupported" in str(error) or "blocked" in str(error):
@@ -89,9 +91,13 @@ def read(path, *, ema=False):
         raise InputError(f"checkpoint {path} {told}") from error
 
     tensors, meta = _unwrap(content, path, ema=ema)
-    if any(not isinstance(value, torch.Tensor) for value in tensors.values()) or not tensors:
+    if not tensors or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
         raise InputError(f"checkpoint {path} holds no state dict: no table of names and tensors; give one that does")
-    return TorchFile({key: _numpy(value) for key, value in tensors.items()}, _classes(meta), path.name, sha256)
+    try:
+        arrays = {key: _numpy(value) for key, value in tensors.items()}
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise InputError(f"checkpoint {path} holds sparse, quantised or empty tensors; store plain ones") from error
+    return TorchFile(arrays, _classes(meta), path.name, sha256)
 
 
 def _unwrap(content, path, *, ema):
@@ -113,14 +119,14 @@ def _unwrap(content, path, *, ema):
 def _classes(meta):
     """Class names in MMPretrain's spelling of 0.x or 1.x."""
     dataset = meta.get("dataset_meta")
-    names = meta.get("CLASSES") or (dataset.get("classes") if isinstance(dataset, dict) else None)
+    names = meta.get("CLASSES", dataset.get("classes") if isinstance(dataset, dict) else None)
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
 
 
 def _numpy(tensor):
     """Half types widened, which loses nothing."""
     tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,8 @@ def back_to_torch(directory, dialect):
     """
     module, variables, info = checkpoint.load_directory(directory)
     rules = dialects.DIALECTS[dialect]
+    if module.small_stem or module.in_chans != 3:
+        raise InputError(f"{directory} has a stem of its own, which {dialect}'s code does not know; it stays in JAX")
     if rules.layout != module.layout:
         raise InputError(
             f"{directory} is wired like {module.layout}, {dialect} files like {rules.layout}: "
@@ -228,8 +236,9 @@ def verify(conversion):
     for stage, exact in theirs["float64"].items():
         exact = _channels_last(exact)
         single, largest = _channels_last(theirs["float32"][stage]), np.abs(exact).max()
+        unit = largest or 1.0
         differences = (ours["float64"][stage] - exact, ours["float32"][stage] - single, single - exact)
-        rows.append(Row(stage, largest, *(np.abs(difference).max() / largest for difference in differences)))
+        rows.append(Row(stage, largest, *(np.abs(difference).max() / unit for difference in differences)))
     return rows
 
 

@@ -181,29 +181,34 @@ def module_for(tensors, dialect):
     Raises:
       InputError: the stages have the channels of no published width.
     """
-    depthwise = Counter()
+    votes = {stage: Counter() for stage in UNITS}
     for layer, (conv, _) in dialect.layer_keys().items():
-        shape = np.shape(tensors.get(f"{conv}.weight", ()))
-        if layer.endswith("right_dw") and shape:
-            depthwise[layer.partition("_")[0], 2 * shape[0]] += 1
-    # What most units of a stage say: a single misshapen tensor is named later, by `from_torch`.
-    most = [max((n, c) for (s, c), n in depthwise.items() if s == stage)[1] for stage in UNITS]
-    width = next((w for w, channels in CHANNELS.items() if list(channels[:3]) == most), None)
-    if width is None:
+        shape = _shape(tensors, f"{conv}.weight")
+        if layer.endswith("right_dw") and len(shape) == 4:
+            votes[layer.partition("_")[0]][2 * shape[0]] += 1
+    # What most units of a stage say: single tensors that are missing or misshapen are named later, by `from_torch`.
+    found = {stage: counts.most_common(1)[0][0] for stage, counts in votes.items() if counts}
+    fitting = [
+        width
+        for width, channels in CHANNELS.items()
+        if all(found.get(stage, count) == count for stage, count in zip(UNITS, channels, strict=False))
+    ]
+    if not found or not fitting:
         published = "; ".join(f"{w}x {', '.join(map(str, c[:3]))}" for w, c in CHANNELS.items())
         raise InputError(
-            f"the stages have {', '.join(map(str, most))} channels, which no published width has ({published}); "
-            "such a file cannot be converted"
+            f"the stages have {', '.join(map(str, found.values())) or 'no'} channels, which no published width has "
+            f"({published}); such a file cannot be converted"
         )
     has_conv5 = any(f"{name}.weight" in tensors for name in dialect.conv5)
-    has_fc = any(f"{dialect.fc}.{name}" in tensors for name in ("weight", "bias"))
-    classes = np.shape(tensors.get(f"{dialect.fc}.weight", ()))[:1] or np.shape(tensors.get(f"{dialect.fc}.bias", ()))
+    weight, bias = (_shape(tensors, f"{dialect.fc}.{name}") for name in ("weight", "bias"))
+    num_classes = (weight or bias or (0,))[0]
     return ShuffleNetV2(
-        width=width,
-        layout=dialect.layout,
-        num_classes=classes[0] if has_fc else 0,
-        conv5=has_conv5 or has_fc,
+        width=fitting[0], layout=dialect.layout, num_classes=num_classes, conv5=has_conv5 or num_classes > 0
     )
+
+
+def _shape(tensors, key):
+    return np.shape(tensors[key]) if key in tensors else ()
 
 
 def from_torch(tensors, dialect, module):
@@ -217,7 +222,7 @@ def from_torch(tensors, dialect, module):
       {"params", "batch_stats"} of float32 NumPy arrays, and the number of batches that the batch norms have tracked:
       one number where all agree, else {layer: number} of those that the file gives.
     Raises:
-      InputError: names every tensor that is missing, too many, misshapen, or not made of finite numbers.
+      InputError: names every tensor that is missing, too many, misshapen, or not made of finite float32 numbers.
     """
     shapes = flatten_dict(variable_shapes(module))
     keys = {path: key for path, key in dialect.tensor_keys().items() if path in shapes}
@@ -230,7 +235,7 @@ def from_torch(tensors, dialect, module):
         "missing": [key for key in keys.values() if key not in tensors],
         "unexpected": sorted(tensors.keys() - set(keys.values()) - set(counters.values())),
         "misshapen": [],
-        "not finite": [],
+        "not numbers that float32 holds": [],
     }
     variables = {}
     for path, key in keys.items():
@@ -239,10 +244,13 @@ def from_torch(tensors, dialect, module):
             expected = _torch_axes(np.empty(shapes[path].shape)).shape
             if array.shape != expected:
                 faults["misshapen"].append(f"{key} is {array.shape}, not {expected}")
-            elif not np.isfinite(array).all() or (path[-1] == "var" and (array < 0).any()):
-                faults["not finite"].append(key)
+            elif not _is_float32(array) or (path[-1] == "var" and (array < 0).any()):
+                faults["not numbers that float32 holds"].append(key)
             else:
                 variables[path] = np.ascontiguousarray(_flax_axes(array), np.float32)
+    for key in counters.values():
+        if key in tensors and (np.shape(tensors[key]) or not np.issubdtype(tensors[key].dtype, np.integer)):
+            faults["misshapen"].append(f"{key} is not one whole number")
     if any(faults.values()):
         told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise InputError(f"the tensors do not make a {module.width}x ShuffleNetV2: {told}")
@@ -264,6 +272,14 @@ def to_torch(variables, dialect, counts):
             if path[-1] == "var" and count is not None:
                 tensors[key.replace("running_var", "num_batches_tracked")] = np.asarray(count, np.int64)
     return tensors
+
+
+def _is_float32(array):
+    """Whether an array holds finite numbers that float32 keeps as they are."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return False
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array).all() and (array.astype(np.float32) == array).all())
 
 
 def _flax_axes(array):
