@@ -124,8 +124,10 @@ class ModelInfo:
 class TrainConfig:
     """Training of a ShuffleNetV2."""
 
-    # Data: "digits", or a folder of images, <split>/<class>/<image> or with lists meta/<split>.txt.
+    # Data: "tfds:NAME", a folder of images, <split>/<class>/<image> or with lists meta/<split>.txt, or "digits".
     data: str
+    # Where TFDS data sets lie; by default TFDS's own place.
+    data_dir: str | None = None
     # Split to train on.
     train_split: str = "train"
     # Split to evaluate on; by default the first of val, validation and test that the data has.

@@ -32,7 +32,13 @@ def main(argv):
     module, variables, info = load_model(options.checkpoint, dtype=jnp.dtype(options.dtype), lowering=options.lowering)
     if not info.num_classes:
         raise InputError(f"{options.checkpoint} has no classifier and so no accuracy; choose another checkpoint")
-    source = open_source(options.data, options.split, classes=info.classes, num_classes=info.num_classes)
+    source = open_source(
+        options.data,
+        options.split,
+        data_dir=options.data_dir,
+        classes=info.classes,
+        num_classes=info.num_classes,
+    )
     total = min(options.limit or len(source), len(source))
 
     step = parallel.map_eval_step(partial(eval_step, module, info.preprocess, flip=options.tta == "flip"))
@@ -55,7 +61,8 @@ def main(argv):
 def parse(argv):
     parser = CommandLine(prog="eval.py", description=DESCRIPTION)
     parser.add_argument("--checkpoint", required=True, help="a model directory, a training workdir or a .pth file")
-    parser.add_argument("--data", required=True, help="'digits' or a folder of images: see README.md")
+    parser.add_argument("--data", required=True, help="tfds:NAME, a folder of images, or digits: see README.md")
+    parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
     parser.add_argument("--batch-size", type=positive_integer, default=128, help="images a step (default: %(default)s)")
     parser.add_argument("--limit", type=positive_integer, help="evaluate only that many images, the first ones")

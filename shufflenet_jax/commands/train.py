@@ -87,8 +87,14 @@ class Parser(CommandLine, simple_parsing.ArgumentParser):
 
 
 def open_sources(config):
-    train = open_source(config.data, config.train_split)
-    return train, open_source(config.data, config.eval_split, classes=train.classes, num_classes=train.num_classes)
+    train = open_source(config.data, config.train_split, data_dir=config.data_dir)
+    return train, open_source(
+        config.data,
+        config.eval_split,
+        data_dir=config.data_dir,
+        classes=train.classes,
+        num_classes=train.num_classes,
+    )
 
 
 def describe(config, source):

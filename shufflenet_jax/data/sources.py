@@ -1,4 +1,4 @@
-"""Labelled images by position: class folders, MMPretrain's lists, and the digits inside scikit-learn."""
+"""Labelled images by position: TFDS data sets, class folders, MMPretrain's lists, the digits inside scikit-learn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,18 +36,24 @@ class Source:
         return self.read(index)
 
 
-def open_source(data, split=None, *, classes=None, num_classes=None):
+def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=None):
     """Opens what `--data` names.
 
     Args:
-      data: "digits" or a folder, with `<split>/<class>/<image>` or `meta/<split>.txt`.
+      data: "digits", "tfds:NAME" or a folder, with `<split>/<class>/<image>` or `meta/<split>.txt`.
       split: its split; None takes the first of val, validation and test that exists.
-      classes: the names that decide the labels of class folders; by default the folders present, in sorted order.
+      data_dir: where TFDS data sets lie; by default TFDS's own place.
+      classes: the names that decide the labels of class folders and data sets; by default their own, in order.
       num_classes: the classes of the model that will read the data, where there is one.
     Raises:
       InputError: nothing usable lies there, or its labels are not those of the model.
     """
-    source = _open_digits(split) if data == "digits" else _open_folder(Path(data).expanduser(), split, classes)
+    if data == "digits":
+        source = _open_digits(split)
+    elif str(data).startswith("tfds:"):
+        source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes)
+    else:
+        source = _open_folder(Path(data).expanduser(), split, classes)
     # A list names no classes: its largest label only bounds how many there are.
     exact = source.classes is not None
     if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
@@ -57,6 +63,58 @@ def open_source(data, split=None, *, classes=None, num_classes=None):
             f"the data {data} has other classes than the model, like {source.classes[0]} for {classes[0]}; {ADVICE}"
         )
     return source
+
+
+def _open_tfds(name, split, data_dir, classes):
+    """A data set on disk in ArrayRecord form; nothing is ever downloaded, and no TensorFlow is needed."""
+    import tensorflow_datasets as tfds  # Costs half a second to import.
+
+    builder = tfds.builder_from_directory(tfds_directory(name, data_dir))
+    info = builder.info
+    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise InputError(
+            f"the data set {name} is stored as {info.file_format.value}, which cannot be read at random; convert it "
+            f"once: python -m shufflenet_jax prepare --source {builder.data_path} --name {name} --out DIR "
+            "and give --data-dir DIR"
+        )
+    if not {"image", "label"} <= set(info.features):
+        raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label")
+    split = _choose_split(split, f"the data set {name}", set(info.splits).__contains__)
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    labels = info.features["label"]
+    own = tuple(labels.names or map(str, range(labels.num_classes)))
+    # Without names of its own, the data's numbers are the labels.
+    classes = own if classes is None or not labels.names else tuple(classes)
+    rank = _rank(own if labels.names else (), classes, f"the data set {name}")
+    naming = next((key for key in ("file_name", "id") if key in info.features), None)
+
+    def read(index):
+        try:
+            record = records[index]
+        except Exception as error:  # ArrayRecord and TFDS raise several kinds for damaged records.
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"record {index} of {name}, split {split}, is damaged ({reason}); prepare it again"
+            ) from error
+        called = record[naming].decode() if naming else f"{split}/{index}"
+        label = rank[own[record["label"]]] if labels.names else record["label"]
+        return Example(called, record["image"], int(label))
+
+    return Source(len(records), read, len(classes), classes if labels.names else None)
+
+
+def tfds_directory(name, data_dir=None):
+    """The folder of the newest version of a TFDS data set. Raises InputError where there is none."""
+    from tensorflow_datasets.core import constants, utils
+
+    root = Path(data_dir or constants.DATA_DIR).expanduser() / name
+    versions = [path.parent for path in root.glob("**/dataset_info.json") if utils.Version.is_valid(path.parent.name)]
+    if not versions:
+        raise InputError(
+            f"no data set {name} in {root.parent}; name its place with --data-dir, or make it with "
+            f"python -m shufflenet_jax prepare --source S --name {name} --out {root.parent}"
+        )
+    return max(versions, key=lambda path: utils.Version(path.name))
 
 
 def _open_digits(split):
@@ -81,16 +139,33 @@ def _open_digits(split):
 def _open_folder(root, split, classes):
     if not root.is_dir():
         raise InputError(f"no data at {root}; give 'digits' or a folder of images")
-    if split is None:
-        split = next((s for s in EVAL_SPLITS if (root / s).is_dir() or (root / "meta" / f"{s}.txt").is_file()), None)
-        if split is None:
-            raise InputError(f"{root} has none of the splits {', '.join(EVAL_SPLITS)}; name one with --split")
+    split = _choose_split(
+        split, str(root), lambda name: (root / name).is_dir() or (root / "meta" / f"{name}.txt").is_file()
+    )
     listing = root / "meta" / f"{split}.txt"
-    if listing.is_file():
-        return _open_list(listing, root / split)
-    if not (root / split).is_dir():
-        raise InputError(f"{root} has no split {split!r}: neither a folder {split} nor a list meta/{split}.txt")
-    return _open_classes(root / split, classes)
+    return _open_list(listing, root / split) if listing.is_file() else _open_classes(root / split, classes)
+
+
+def _choose_split(split, what, exists):
+    """The split asked for, or the first of the usual evaluation splits that exists."""
+    if split is not None:
+        if not exists(split):
+            raise InputError(f"{what} has no split {split!r}; name another with --split")
+        return split
+    found = next(filter(exists, EVAL_SPLITS), None)
+    if found is None:
+        raise InputError(f"{what} has none of the splits {', '.join(EVAL_SPLITS)}; name one with --split")
+    return found
+
+
+def _rank(present, classes, what):
+    """{class name: label}. Raises InputError if a class that is present is none of the classes."""
+    rank = {name: label for label, name in enumerate(classes)}
+    unknown = sorted(set(present) - set(rank))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise InputError(f"{what} has classes that the model does not know: {', '.join(unknown[:3])}{more}; {ADVICE}")
+    return rank
 
 
 def _open_list(listing, folder):
@@ -117,13 +192,7 @@ def _open_classes(folder, classes):
     """One folder a class; `classes` decides the labels, also of data that holds only some of them."""
     present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     classes = tuple(present) if classes is None else tuple(classes)
-    unknown = sorted(set(present) - set(classes))
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise InputError(
-            f"{folder} has folders that are no class of the model: {', '.join(unknown[:3])}{more}; {ADVICE}"
-        )
-    rank = {name: label for label, name in enumerate(classes)}
+    rank = _rank(present, classes, str(folder))
     files = [
         (path.relative_to(folder).as_posix(), rank[name])
         for name in present

@@ -1,0 +1,49 @@
+"""`python -m shufflenet_jax prepare`: images or TFRecords become a TFDS data set that trains at full speed."""
+
+import json
+
+from ..cli import CommandLine, positive_integer, progress, tell
+from ..data import prepare
+from ..errors import InputError
+
+DESCRIPTION = (
+    "Turn ILSVRC2012's tars, a class folder, a zip of one, or a TFDS directory of TFRecords into a TFDS data set in "
+    "ArrayRecord form, for --data tfds:NAME. The same command again goes on where it was stopped."
+)
+
+
+def main(argv):
+    parser = CommandLine(prog="shufflenet-jax prepare", description=DESCRIPTION)
+    parser.add_argument("--source", required=True, help="folder with the tars, a tar, a class folder, a zip, TFRecords")
+    parser.add_argument("--name", required=True, help="name of the data set: lower-case letters, digits and _")
+    parser.add_argument("--out", required=True, help="the folder of data sets to put it in: later's --data-dir")
+    parser.add_argument("--short-edge", type=positive_integer, help="store larger images with this short side (pixels)")
+    parser.add_argument(
+        "--quality", type=positive_integer, default=90, help="their JPEG quality (default: %(default)s)"
+    )
+    parser.add_argument("--skip-damaged", action="store_true", help="leave damaged images out instead of stopping")
+    parser.add_argument("--shard-size", type=positive_integer, default=1024, help="images a file (%(default)s)")
+    parser.add_argument("--processes", type=positive_integer, help="shards to write at a time (default: one a core)")
+    options = parser.parse_args(argv)
+
+    if prepare.is_tfds(options.source):
+        if options.short_edge or options.skip_damaged:
+            raise InputError("TFRecords are copied as they are; leave --short-edge and --skip-damaged out")
+        plan = prepare.plan_tfrecords(options.source, options.name, options.out)
+        total = None
+    else:
+        chosen = prepare.Options(options.short_edge, options.quality, options.skip_damaged, options.shard_size)
+        contents = prepare.read_contents(options.source)
+        plan = prepare.plan_images(contents, options.source, options.name, options.out, chosen)
+        total = sum(map(len, contents.splits.values()))
+    with progress(total=total, unit="image", desc="preparing") as bar:
+
+        def on_done(report):
+            bar.update(report["examples"] + len(report["damaged"]))
+            for reason in report["damaged"]:
+                tell(f"warning: {reason}; left out")
+
+        result = prepare.write(plan, processes=options.processes, on_done=on_done)
+    damaged = len(result["damaged"])
+    print(json.dumps({"name": plan.name, "folder": str(plan.folder), **result["examples"], "left_out": damaged}))
+    return 0
