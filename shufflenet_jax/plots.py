@@ -31,3 +31,23 @@ def plot_curves(workdir, *, title=None):
     with written_aside(target) as draft:
         figure.savefig(draft)
     return target
+
+
+def plot_batch(batch, titles, target):
+    """Draws the images of a training batch, as the network sees them but for normalisation, into a PNG file."""
+    columns = 8
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(1.6 * columns, 1.8 * rows), dpi=110, layout="constrained")
+    for index, (axes, title) in enumerate(zip(figure.subplots(rows, columns, squeeze=False).flat, titles, strict=True)):
+        image = batch["images"][index]
+        if "flip" in batch and batch["flip"][index]:
+            image = image[:, ::-1]
+        if "erase" in batch:
+            top, left, height, width = batch["erase"][index]
+            image = image.copy()
+            image[top : top + height, left : left + width] = 127
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title[:22], fontsize=7)
+        axes.axis("off")
+    with written_aside(target) as draft:
+        figure.savefig(draft, format="png")

@@ -1,0 +1,87 @@
+"""`python -m shufflenet_jax verify`: what a data set holds, before a long run depends on it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from .. import plots
+from ..cli import CommandLine, positive_integer, progress
+from ..config import PRESETS, TrainConfig
+from ..data.labels import imagenet_classes
+from ..data.pipeline import train_batches
+from ..data.sources import open_source
+from ..data.survey import survey
+
+DESCRIPTION = (
+    "Read every image of a data set and tell what is in there. The last line on stdout is a JSON object; exit 1 if "
+    "anything cannot be read."
+)
+SHOWN = 5  # Names a line.
+
+
+def main(argv):
+    parser = CommandLine(prog="shufflenet-jax verify", description=DESCRIPTION)
+    parser.add_argument("data", help="tfds:NAME, a folder of images, or digits")
+    parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
+    parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
+    parser.add_argument("--preview", metavar="OUT.png", help="draw a batch as training sees it, with its labels")
+    parser.add_argument(
+        "--config", choices=PRESETS, help="whose augmentation to draw (default: random crops and flips)"
+    )
+    parser.add_argument("--image-size", type=positive_integer, help="side of the drawn images, in pixels")
+    options = parser.parse_args(argv)
+
+    source = open_source(options.data, options.split, data_dir=options.data_dir)
+    with progress(total=len(source), unit="image", desc="verifying") as bar:
+        found = survey(source, on_done=bar.update)
+    report(found, source)
+    if options.preview and len(found.unreadable) < found.images:
+        preview(source, options)
+        print(f"preview: {options.preview}")
+    print(json.dumps(summary(found)))
+    return 1 if found.unreadable else 0
+
+
+def report(found, source):
+    """Prints a line for each thing worth knowing."""
+    lines = {
+        "cannot be read": found.unreadable,
+        "grey": found.grey,
+        "CMYK": found.cmyk,
+        "turned by EXIF": found.rotated,
+        "the same bytes": [" = ".join(names) for names in found.duplicates],
+    }
+    for kind, names in lines.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(f"{kind}: {len(names)}" + (f": {'; '.join(names[:SHOWN])}{more}" if names else ""))
+    if found.per_label:
+        counts = found.per_label.values()
+        print(f"classes: {len(counts)} of {source.num_classes} present, {min(counts)} to {max(counts)} images each")
+        widths, heights = zip(*found.sizes, strict=True)
+        print(f"sizes: {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high")
+
+
+def summary(found):
+    """The JSON object: counts alone."""
+    names = ("unreadable", "grey", "cmyk", "rotated", "duplicates")
+    return {
+        "images": found.images,
+        **{name: len(getattr(found, name)) for name in names},
+        "classes": len(found.per_label),
+    }
+
+
+def preview(source, options):
+    """Draws the first training batch of the data under a preset's augmentation."""
+    config = dataclasses.replace(PRESETS.get(options.config, TrainConfig(data=options.data)), batch_size=32)
+    if options.image_size:
+        config = dataclasses.replace(config, image_size=options.image_size)
+    batch = next(iter(train_batches(source, config, stop_step=1)))
+    names = imagenet_classes()
+    titles = [_title(source, int(label), names) for label in batch["labels"]]
+    plots.plot_batch(batch, titles, Path(options.preview))
+
+
+def _title(source, label, names):
+    name = source.classes[label] if source.classes else str(label)
+    return names.get(name, name)
