@@ -146,8 +146,8 @@ class TrainConfig:
     dropout: float = 0.0
     # Part of a training image to use: "random" draws size, shape and place, "center" takes what evaluation takes.
     crop: Literal["random", "center"] = "random"
-    # How a random crop is made: "exact" is MMPretrain's to the pixel (Pillow, antialiased); "fast" decodes large JPEGs
-    # at half their size and scales with OpenCV, which changes how pixels are interpolated.
+    # How a random crop is made: "exact" is MMPretrain's to the pixel (Pillow, antialiased); "fast" uses libjpeg-turbo's
+    # fast methods and OpenCV's scaling without antialiasing, which changes how pixels are interpolated.
     transform: Literal["exact", "fast"] = "exact"
     # Smallest area of a random crop, as a share of the image's.
     min_area: float = 0.08

@@ -4,11 +4,13 @@ Every order is a pure function of the seed and the position: nothing needs to be
 number of hosts, workers and threads sees the same global batches.
 """
 
+import functools
 import os
 
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import index_shuffle
 
 from ..errors import InputError
 from . import augment, transforms
@@ -57,19 +59,18 @@ def train_batches(source, config, *, start_step=0, stop_step, host=0, hosts=1, w
       top, left, height and width of a rectangle, "damaged": str (b,)}; the last names the image that had to be
       replaced, or is empty.
     """
-    size = len(source)
-    order = grain.MapDataset.range(size).seed(config.seed).shuffle().repeat()
+    size, preprocess = len(source), config.preprocess
 
     def load(position):
         epoch, place = divmod(position, size)
-        index = order[epoch * size + place // config.repeats]
+        index = shuffled(place // config.repeats, size, config.seed, epoch)
         seed = (config.seed, position)
         damaged = ""
         for offset in range(size):
             try:
                 example = source[(index + offset) % size]
                 # A new generator for each try: what a damaged image has drawn must not matter.
-                row = augment.training_row(example, config, np.random.default_rng(seed))
+                row = augment.training_row(example, config, preprocess, np.random.default_rng(seed))
                 return {**row, "labels": np.int32(example.label), "damaged": damaged}
             except InputError as error:
                 damaged = damaged or str(error)
@@ -77,6 +78,16 @@ def train_batches(source, config, *, start_step=0, stop_step, host=0, hosts=1, w
 
     rows = _host_rows(config.batch_size, start_step, stop_step, host, hosts)
     return _batches(rows.map(load), config.batch_size // hosts, workers, threads)
+
+
+def shuffled(place, size, seed, epoch):
+    """What comes at a place of a pass over `size` examples: a permutation computed place by place, never stored."""
+    return index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
+@functools.lru_cache(8)
+def _epoch_seed(seed, epoch):
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 def _host_rows(batch_size, start, stop, host, hosts):

@@ -15,6 +15,7 @@ import shutil
 import tarfile
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -302,15 +303,20 @@ def write_shards(jobs, processes, on_done):
             on_done(json.loads(_note(job.target).read_text(encoding="utf-8")))
         else:
             open_jobs.append(job)
+    if processes == 1:
+        for job in open_jobs:
+            on_done(write_shard(job))
+        return
     context = multiprocessing.get_context("spawn")  # Forking a process with threads may hang.
-    with ProcessPoolExecutor(min(processes, max(1, len(open_jobs))), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         futures = [pool.submit(write_shard, job) for job in open_jobs]
         try:
             for future in as_completed(futures):
                 on_done(future.result())
-        except BaseException:
+        except BrokenProcessPool as error:
+            raise InputError("a process was killed, perhaps for want of memory; try fewer --processes") from error
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 # Data sets

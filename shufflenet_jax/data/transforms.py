@@ -9,11 +9,13 @@ import io
 import cv2
 import jax.numpy as jnp
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from ..errors import InputError
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
+JPEG = b"\xff\xd8"  # How such a file begins.
 cv2.setNumThreads(0)  # Images are decoded side by side: threads inside one image only get in the way.
 
 
@@ -40,21 +42,38 @@ def decode(data, decoder, name="image"):
     """Encoded bytes to a uint8 array (H, W, 3) in RGB. Raises InputError naming the image when they are damaged."""
     with _damage_named(name):
         if decoder == "cv2":
+            _require_whole(data)
             return _decode_opencv(data, oriented=True)
         with Image.open(io.BytesIO(data)) as opened:
             return np.asarray(opened.convert("RGB"))
 
 
 def decode_fast(data, decoder, choose, name="image"):
-    """The same by OpenCV whatever the decoder, which then only says whether EXIF orientation counts; at half size if
-    `choose(height, width)` says so. Returns the array and what `choose` returned: (whether to halve, anything).
+    """The same by libjpeg-turbo's fastest methods, whatever the decoder, which only says whether EXIF counts.
+
+    Args:
+      data: encoded bytes.
+      decoder: as in `decode`.
+      choose: a function of height and width that returns (whether half of them would do, anything else).
+      name: what errors call the image.
+    Returns:
+      (uint8 (H, W, 3) in RGB, whether it is halved, what else `choose` returned).
     """
+    oriented = decoder == "cv2"
     with _damage_named(name):
-        with Image.open(io.BytesIO(data)) as opened:  # Reads the header only.
-            width, height = opened.size
-            turned = decoder == "cv2" and opened.getexif().get(ORIENTATION, 1) >= 5
-        half, chosen = choose(*((width, height) if turned else (height, width)))
-        return _decode_opencv(data, oriented=decoder == "cv2", half=half), half, chosen
+        stored = _require_whole(data)
+        orientation = 1
+        if oriented and b"Exif" in data[:65536]:
+            with Image.open(io.BytesIO(data)) as opened:
+                orientation = opened.getexif().get(ORIENTATION, 1)
+        half, chosen = choose(*(stored[::-1] if orientation >= 5 else stored))
+        if orientation == 1 and data.startswith(JPEG):
+            least = {"min_height": -(-stored[0] // 2), "min_width": -(-stored[1] // 2), "min_factor": 2} if half else {}
+            # What it cannot do, like CMYK, is left to OpenCV.
+            with contextlib.suppress(ValueError):
+                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, strict=False, **least)
+                return pixels, half, chosen
+        return _decode_opencv(data, oriented=oriented, half=half), half, chosen
 
 
 @contextlib.contextmanager
@@ -68,29 +87,37 @@ def _damage_named(name):
 
 
 def _decode_opencv(data, *, oriented, half=False):
-    _require_whole(data)
-    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
+    """uint8 (H, W, 3) in RGB of bytes that are whole."""
+    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR_RGB
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (0 if oriented else cv2.IMREAD_IGNORE_ORIENTATION))
     if pixels is None:
         raise ValueError("no decoder knows it")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if half else pixels
 
 
 def _require_whole(data):
-    """OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses cut files, and so do we."""
-    if not data.startswith(b"\xff\xd8"):
+    """(height, width) as stored, after making sure that no part of the image was cut off.
+
+    OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses cut files, and so do we.
+    """
+    if not data.startswith(JPEG):
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-        return
+            return opened.size[::-1]
+    size = (0, 0)
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        if data[position + 1 : position + 2] == b"\xff":  # Any number of these may fill up before a marker.
+        marker = data[position + 1]
+        if marker == 0xFF:  # Any number of these may fill up before a marker.
             position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of a frame, not a table.
+            size = tuple(int.from_bytes(data[position + i : position + i + 2], "big") for i in (5, 7))
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
-    if data.find(b"\xff\xd9", position) < 0:
+    if data.rfind(b"\xff\xd9") < position:
         raise ValueError("the file is truncated")
+    return size
 
 
 def to_channels(pixels, channels):
