@@ -343,8 +343,8 @@ def test_a_run_that_never_saved_anything_may_change_its_settings(tmp_path, call,
 def test_a_short_training_learns_the_digits(tmp_path, call):
     argv = ("--config", "digits", "--image-size", 16, "--epochs", 8, "--workdir", tmp_path / "run")
     assert call(train.main, *argv)[0] == 0
-    # The demo's 20 epochs at 32 pixels give 99.7 %; a mistake in loss, gradient or data gives 10 % to 60 %.
-    assert read_rows(tmp_path / "run")[-1]["top1"] >= 93
+    # Seeds 0 to 3 give 91 % to 96 %; a mistake in loss, gradient or data gives 10 % to 60 %.
+    assert read_rows(tmp_path / "run")[-1]["top1"] >= 85
 
 
 def test_training_names_a_damaged_image_and_stops_at_too_many(tmp_path, call):
