@@ -14,9 +14,11 @@ from PIL import Image
 
 from shufflenet_jax import __main__, checkpoint, parallel
 from shufflenet_jax.commands import evaluate, from_torch, train
+from shufflenet_jax.config import TrainConfig
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
+from shufflenet_jax.errors import InputError
 from shufflenet_jax.evaluation import eval_step
 from shufflenet_jax.evaluation import evaluate as evaluate_all
 from shufflenet_jax.loading import load_model
@@ -347,22 +349,16 @@ def test_a_short_training_learns_the_digits(tmp_path, call):
     assert read_rows(tmp_path / "run")[-1]["top1"] >= 85
 
 
-def test_training_names_a_damaged_image_and_stops_at_too_many(tmp_path, call):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 40), ("val", 4)):
-        for i in range(count):
-            path = tmp_path / f"data/{split}/kind{i % 2}/{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
-    argv = ("--config", "digits", "--data", tmp_path / "data", "--in-chans", 3, "--image-size", 16, "--epochs", 1)
-    argv = (*argv, "--batch-size", 8)
-    (tmp_path / "data/train/kind1/01.png").write_bytes(b"damaged")
-    status, _, stderr = call(train.main, *argv, "--workdir", tmp_path / "one")
-    assert status == 0, stderr
-    assert stderr.count("kind1/01.png is damaged") == 1 and "another one takes its place" in stderr
-    (tmp_path / "data/train/kind1/03.png").write_bytes(b"damaged")
-    status, _, stderr = call(train.main, *argv, "--workdir", tmp_path / "two")
-    assert status == 2 and "error: 2 of 40 training images are damaged" in stderr
+def test_training_names_a_damaged_image_once_and_stops_at_too_many(capfd):
+    config = TrainConfig(data="x", max_damaged=0.05)
+    batches = [{"labels": 1, "damaged": np.array(["", name])} for name in ("a is cut", "a is cut", "", "b is cut")]
+    passed = train.without_damage(batches, config, examples=40)
+    assert list(passed) == [{"labels": 1}] * 4
+    told = capfd.readouterr().err
+    assert told.count("a is cut") == 1 and "warning: b is cut; another one takes its place" in told
+    batches = [{"labels": 1, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
+    with pytest.raises(InputError, match="3 of 40 training images are damaged"):
+        list(train.without_damage(batches, config, examples=40))
 
 
 # The scripts and the package's own command

@@ -76,13 +76,12 @@ def test_initial_weights_follow_mmpretrain():
     assert not np.any(params["fc"]["bias"])
 
 
-@pytest.mark.parametrize(("layout", "remat"), [("torchvision", True), ("megvii", False)])
-def test_lowerings_and_rematerialisation_give_the_same_numbers_and_gradients(x64, layout, remat):
+def test_lowerings_and_rematerialisation_give_the_same_numbers_and_gradients(x64):
     x = images(2, 33, 32, 3).astype(np.float64)
-    variables = init_variables(ShuffleNetV2(layout=layout, dtype=jnp.float64, **SMALL))
+    variables = init_variables(ShuffleNetV2(dtype=jnp.float64, **SMALL))
 
     def value_and_grads(**settings):
-        module = ShuffleNetV2(layout=layout, dtype=jnp.float64, **SMALL, **settings)
+        module = ShuffleNetV2(dtype=jnp.float64, **SMALL, **settings)
 
         def loss(params):
             (logits, _), updates = module.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
@@ -92,7 +91,7 @@ def test_lowerings_and_rematerialisation_give_the_same_numbers_and_gradients(x64
 
     plain = value_and_grads(lowering="plain")
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(plain))
-    shifted = value_and_grads(lowering="shifted", remat=remat)
+    shifted = value_and_grads(lowering="shifted", remat=True)
     for ours, theirs in zip(*map(jax.tree.leaves, (shifted, plain)), strict=True):
         # float64 throughout; batch norm over 4 values in stage4 amplifies rounding some 1e3 times.
         assert_allclose(ours, theirs, atol=1e-10 * largest)
