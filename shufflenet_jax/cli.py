@@ -48,9 +48,9 @@ def use_compilation_cache():
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
 
 
-def progress(iterable=None, **options):
+def progress(**options):
     """A progress bar on stderr with rate and time left; silent where nobody watches the terminal."""
-    return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, disable=None, **options)
+    return tqdm(file=sys.stderr, dynamic_ncols=True, disable=None, **options)
 
 
 def positive_integer(text):

@@ -22,17 +22,11 @@ from shufflenet_jax.model import CHANNELS, ShuffleNetV2, init_variables
 from shufflenet_jax.porting import convert, dialects
 
 WIDTHS = (0.5, 1.0, 1.5, 2.0)
-WHOLE = tuple(dialects.DIALECTS)
 
 
 def save(network, path, wrap=lambda tensors: tensors, **options):
     torch.save(wrap(network.state_dict()), path, **options)
     return path
-
-
-def logits_of(directory, images):
-    module, variables, _ = load_model(directory)
-    return np.asarray(jax.jit(module.apply)(variables, images)[0])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def small_file(tmp_path_factory):
 # Every dialect
 
 
-@pytest.mark.parametrize("dialect", WHOLE)
+@pytest.mark.parametrize("dialect", dialects.DIALECTS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width_of_every_dialect_converts_with_equal_logits(x64, dialect, width):
     network = lively_network(dialect, width)
@@ -59,7 +53,7 @@ def test_every_width_of_every_dialect_converts_with_equal_logits(x64, dialect, w
     assert_allclose(ours, theirs, atol=1e-11 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("dialect", WHOLE)
+@pytest.mark.parametrize("dialect", dialects.DIALECTS)
 def test_the_way_back_is_bit_for_bit(dialect, tmp_path, call):
     network = lively_network(dialect)
     source = save(network, tmp_path / "there.pth")
@@ -153,8 +147,7 @@ def mmpretrain_1x(tmp_path, monkeypatch, network, averaged):
     for name in ("mmengine", "mmengine.logging"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for kind in (HistoryBuffer, HistoryBuffer.mean):
-        monkeypatch.setattr(kind, "__module__", module.__name__) if kind is HistoryBuffer else None
+    monkeypatch.setattr(HistoryBuffer, "__module__", module.__name__)
     HistoryBuffer.mean.__module__ = module.__name__
     ema = {f"module.{key}": tensor for key, tensor in averaged.state_dict().items()}
     content = {

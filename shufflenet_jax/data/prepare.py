@@ -29,7 +29,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from ..errors import InputError
 from .labels import imagenet_classes
 from .sources import IMAGE_SUFFIXES
-from .transforms import decode
+from .transforms import ORIENTATION, decode
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # Records are read one by one, and JPEGs do not shrink further.
@@ -204,7 +204,7 @@ def shrink(data, short_edge, quality, name):
             return data
         size = [short_edge if side == short else int(short_edge * side / short) for side in image.size]
         exif = Image.Exif()
-        exif[0x0112] = image.getexif().get(0x0112, 1)
+        exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
         resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     resized.save(buffer, "JPEG", quality=quality, exif=exif)

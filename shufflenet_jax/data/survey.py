@@ -64,7 +64,13 @@ def examine(source, index):
         if isinstance(example.image, np.ndarray):
             height, width = example.image.shape[:2]
             digest = hashlib.sha256(example.image.tobytes()).digest()
-            return Facts(example.name, example.label, mode=_mode(example.image), size=(width, height), digest=digest)
+            return Facts(
+                example.name,
+                example.label,
+                mode="L" if example.image.ndim == 2 else "RGB",
+                size=(width, height),
+                digest=digest,
+            )
         decode(example.image, "cv2", example.name)
         with Image.open(io.BytesIO(example.image)) as image:
             turned = image.getexif().get(ORIENTATION, 1)
@@ -72,10 +78,6 @@ def examine(source, index):
             return Facts(example.name, example.label, None, image.mode, image.size, turned, digest)
     except InputError as error:
         return Facts("", -1, fault=str(error))
-
-
-def _mode(pixels):
-    return "L" if pixels.ndim == 2 else "RGB"
 
 
 def _add(found, same, facts):
