@@ -39,17 +39,19 @@ def main(home, seconds):
 
 
 def crop(data):
-    """RandomResizedCrop as TensorFlow's own examples do it: only the crop is decoded, then scaled, then flipped."""
-    begin, size, _ = tf.image.sample_distorted_bounding_box(
-        tf.io.extract_jpeg_shape(data),
-        tf.zeros((1, 0, 4)),
-        aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(0.08, 1.0),
-        max_attempts=10,
-        use_image_if_no_bounding_boxes=True,
-    )
-    window = tf.stack([begin[0], begin[1], size[0], size[1]])
-    image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+    """RandomResizedCrop with TensorFlow's means: only the crop is decoded, then scaled, then flipped.
+
+    Not `sample_distorted_bounding_box`, whose crops are smaller (its heights are uniform, MMPretrain's areas are): the
+    work must be the same.
+    """
+    shape = tf.io.extract_jpeg_shape(data)[:2]
+    area = tf.random.uniform((10,), 0.08, 1) * tf.cast(tf.reduce_prod(shape), tf.float32)
+    ratio = tf.exp(tf.random.uniform((10,), tf.math.log(3 / 4), tf.math.log(4 / 3)))
+    sizes = tf.cast(tf.round(tf.sqrt(tf.stack([area / ratio, area * ratio], axis=1))), tf.int32)
+    sizes = tf.boolean_mask(sizes, tf.reduce_all(sizes <= shape, axis=1))
+    size = sizes[0] if tf.shape(sizes)[0] > 0 else tf.minimum(shape[0], shape[1]) * tf.constant([1, 1])
+    begin = tf.cast(tf.random.uniform((2,)) * tf.cast(shape - size + 1, tf.float32), tf.int32)
+    image = tf.image.decode_and_crop_jpeg(data, tf.concat([begin, size], axis=0), channels=3)
     image = tf.image.resize(image, (224, 224))
     return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
 

@@ -33,29 +33,27 @@ def row(data, seed=0, **settings):
 
 
 class Scripted:
-    """Stands for a generator whose draws, as shares of the range, are given."""
+    """Stands for a generator whose draws are given: area, ratio, top and left, each as a share of its range."""
 
     def __init__(self, *draws):
         self.draws = list(draws)
 
-    def uniform(self, low, high):
-        return low + self.draws.pop(0) * (high - low)
-
-    def integers(self, low, high):
-        return low + int(self.draws.pop(0) * (high - low))
+    def random(self, count):
+        drawn, self.draws = self.draws[:count], self.draws[count:]
+        return np.array(drawn)
 
 
 def test_a_random_crop_has_the_drawn_area_ratio_and_place():
     # Area 0.54 of 300 x 400, ratio 1: sides of 254.56, rounded; in the middle of what is left.
     assert augment.random_crop_box(300, 400, Scripted(0.5, 0.5, 0.5, 0.5)) == (23, 73, 255, 255)
     # The first try is wider than the image, so a second one counts.
-    assert augment.random_crop_box(300, 300, Scripted(1, 1, 0.5, 0.5, 0, 0)) == (0, 0, 220, 220)
+    assert augment.random_crop_box(300, 300, Scripted(1, 1, 0, 0, 0.5, 0.5, 0, 0)) == (0, 0, 220, 220)
 
 
 def test_an_image_too_long_for_any_try_gives_its_centre_at_the_nearest_allowed_ratio():
     for height, width, box in [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))]:
-        assert augment.random_crop_box(height, width, Scripted(*[1, 0.5] * 10)) == box
-    assert augment.random_crop_box(100, 120, Scripted(*[1, 1] * 10)) == (0, 0, 100, 120)
+        assert augment.random_crop_box(height, width, Scripted(*[1, 0.5, 0, 0] * 10)) == box
+    assert augment.random_crop_box(100, 120, Scripted(*[1, 1, 0, 0] * 10)) == (0, 0, 100, 120)
 
 
 def test_random_crops_have_mmpretrains_distribution():

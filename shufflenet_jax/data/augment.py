@@ -53,11 +53,13 @@ def random_crop_box(height, width, rng, min_area=0.08):
     """MMPretrain's RandomResizedCrop: (top, left, height, width) of an area U(min_area, 1) and ratio 3/4 .. 4/3."""
     low, high = 3 / 4, 4 / 3
     for _ in range(10):
-        area = rng.uniform(min_area, 1) * height * width
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        # All draws of a try at once: a call of the generator takes longer than a draw.
+        area, ratio, top, left = rng.random(4).tolist()
+        area = (min_area + (1 - min_area) * area) * height * width
+        ratio = low * (high / low) ** ratio
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
     # Too long an image for ten tries: the largest centred rectangle of an allowed ratio.
     w, h = min(width, round(height * high)), min(height, round(width / low))
     return (height - h) // 2, (width - w) // 2, h, w

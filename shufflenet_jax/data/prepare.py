@@ -204,10 +204,11 @@ def shrink(data, short_edge, quality, name):
             return data
         size = [short_edge if side == short else int(short_edge * side / short) for side in image.size]
         exif = Image.Exif()
-        exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+        if (orientation := image.getexif().get(ORIENTATION, 1)) != 1:
+            exif[ORIENTATION] = orientation
         resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
-    resized.save(buffer, "JPEG", quality=quality, exif=exif)
+    resized.save(buffer, "JPEG", quality=quality, exif=exif if exif else b"")
     return buffer.getvalue()
 
 

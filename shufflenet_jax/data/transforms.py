@@ -5,6 +5,7 @@ The evaluation transforms follow MMPretrain, torchvision and Megvii to the pixel
 
 import contextlib
 import io
+import struct
 
 import cv2
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ..errors import InputError
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 JPEG = b"\xff\xd8"  # How such a file begins.
+EXIF = b"Exif\0\0"
 cv2.setNumThreads(0)  # Images are decoded side by side: threads inside one image only get in the way.
 
 
@@ -61,11 +63,8 @@ def decode_fast(data, decoder, choose, name="image"):
     """
     oriented = decoder == "cv2"
     with _damage_named(name):
-        stored = _require_whole(data)
-        orientation = 1
-        if oriented and b"Exif" in data[:65536]:
-            with Image.open(io.BytesIO(data)) as opened:
-                orientation = opened.getexif().get(ORIENTATION, 1)
+        stored, orientation = _require_whole(data)
+        orientation = orientation if oriented else 1
         half, chosen = choose(*(stored[::-1] if orientation >= 5 else stored))
         if orientation == 1 and data.startswith(JPEG):
             least = {"min_height": -(-stored[0] // 2), "min_width": -(-stored[1] // 2), "min_factor": 2} if half else {}
@@ -96,15 +95,15 @@ def _decode_opencv(data, *, oriented, half=False):
 
 
 def _require_whole(data):
-    """(height, width) as stored, after making sure that no part of the image was cut off.
+    """((height, width) as stored, EXIF orientation), after making sure that no part of the image was cut off.
 
     OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses cut files, and so do we.
     """
     if not data.startswith(JPEG):
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            return opened.size[::-1]
-    size = (0, 0)
+            return opened.size[::-1], opened.getexif().get(ORIENTATION, 1)
+    size, orientation = (0, 0), 1
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
         marker = data[position + 1]
@@ -113,11 +112,26 @@ def _require_whole(data):
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of a frame, not a table.
             size = tuple(int.from_bytes(data[position + i : position + i + 2], "big") for i in (5, 7))
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        elif marker == 0xE1 and data.startswith(EXIF, position + 4):
+            orientation = _orientation(data[position + 4 : position + 2 + _length(data, position)])
+        position += 2 + _length(data, position)
     # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
     if data.rfind(b"\xff\xd9") < position:
         raise ValueError("the file is truncated")
-    return size
+    return size, orientation
+
+
+def _length(data, position):
+    """Bytes of a JPEG's segment behind its marker."""
+    return int.from_bytes(data[position + 2 : position + 4], "big")
+
+
+def _orientation(segment):
+    """The EXIF orientation, 1 to 8; what cannot be read counts as upright, as OpenCV has it."""
+    exif = Image.Exif()
+    with contextlib.suppress(SyntaxError, OSError, ValueError, struct.error):
+        exif.load(segment)
+    return exif.get(ORIENTATION, 1)
 
 
 def to_channels(pixels, channels):
