@@ -184,7 +184,7 @@ class TrainConfig:
     # Type of the computation; parameters, statistics and logits stay float32 (float64 with float64).
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     # How the operations are lowered; "plain" is the slow reference.
-    lowering: Literal["auto", "shifted", "plain"] = "auto"
+    lowering: Literal["auto", "planar", "plain"] = "auto"
     # Recompute each unit in the backward pass: less memory, more time.
     remat: bool = False
     # Seed of initialisation, order and augmentation.

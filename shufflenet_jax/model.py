@@ -40,37 +40,42 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        fan = x.shape[-1] // self.groups
+        lower = ops.resolve(self.lowering)
+        fan = x.shape[lower.CHANNELS] // self.groups
         init = nn.initializers.normal(self.stddev or 1 / fan)
         kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return ops.conv(x, kernel, stride=self.stride, groups=self.groups, lowering=self.lowering)
+        return lower.conv(x, kernel, stride=self.stride, groups=self.groups)
 
 
 class BatchNorm(nn.Module):
     """Batch norm that keeps PyTorch's running variance: the unbiased one, n / (n - 1) times that of the batch."""
 
     train: bool
+    relu: bool = False
+    lowering: str = "plain"
 
     @nn.compact
     def __call__(self, x):
-        channels, dtype = x.shape[-1:], _stored(x.dtype)
+        lower = ops.resolve(self.lowering)
+        channels, dtype = (x.shape[lower.CHANNELS],), _stored(x.dtype)
         scale = self.param("scale", nn.initializers.ones, channels, dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
+        common = {"epsilon": EPSILON, "relu": self.relu}
         if not self.train:
-            return ops.normalize(x, running_mean.value, running_var.value, scale, bias, epsilon=EPSILON)
+            return lower.normalize(x, running_mean.value, running_var.value, scale, bias, **common)
 
-        mean, var = ops.batch_moments(x)
+        x, mean, var = lower.batch_norm(x, scale, bias, **common)
         if not self.is_initializing():
-            count = x.size // x.shape[-1]
+            count = x.size // channels[0]
             if count < 2:
                 raise InputError("batch norm needs more than one value per channel to train: enlarge the batch")
             unbiased = var * (count / (count - 1))
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * unbiased
-        return ops.normalize(x, mean, var, scale, bias, epsilon=EPSILON)
+        return x
 
 
 class ConvBN(nn.Module):
@@ -91,8 +96,7 @@ class ConvBN(nn.Module):
         conv = Conv(
             self.features, self.size, self.stride, self.groups, self.dtype, self.lowering, self.stddev, name="conv"
         )
-        x = BatchNorm(self.train, name="bn")(conv(x))
-        return nn.relu(x) if self.relu else x
+        return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x))
 
 
 class Unit(nn.Module):
@@ -112,20 +116,22 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x):
         layer = partial(ConvBN, train=self.train, dtype=self.dtype, lowering=self.lowering)
+        axis = ops.resolve(self.lowering).CHANNELS
+        inputs = x.shape[axis]
         middle = self.features // 2
         if self.stride == 2:
-            left_features = x.shape[-1] if self.layout == "megvii" else middle
+            left_features = inputs if self.layout == "megvii" else middle
             left = right = x
-            left = layer(x.shape[-1], 3, stride=2, groups=x.shape[-1], relu=False, name="left_dw")(left)
+            left = layer(inputs, 3, stride=2, groups=inputs, relu=False, name="left_dw")(left)
             left = layer(left_features, 1, name="left_pw")(left)
         else:
-            left, right = ops.split_even_odd(x) if self.layout == "megvii" else jnp.split(x, 2, axis=-1)
+            left, right = ops.split_even_odd(x, axis=axis) if self.layout == "megvii" else jnp.split(x, 2, axis=axis)
 
         right = layer(middle, 1, name="right_pw1")(right)
         right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right)
-        right = layer(self.features - left.shape[-1], 1, name="right_pw2")(right)
-        x = jnp.concatenate([left, right], axis=-1)
-        return x if self.layout == "megvii" else ops.channel_shuffle(x)
+        right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right)
+        x = jnp.concatenate([left, right], axis=axis)
+        return x if self.layout == "megvii" else ops.channel_shuffle(x, axis=axis)
 
 
 class ShuffleNetV2(nn.Module):
@@ -159,21 +165,25 @@ class ShuffleNetV2(nn.Module):
         *stage_channels, conv5_channels = CHANNELS[self.width]
         common = {"train": train, "dtype": self.dtype, "lowering": self.lowering}
         unit = nn.remat(Unit) if self.remat else Unit
+        lower = ops.resolve(self.lowering)
         features = {}
 
-        x = ConvBN(STEM_CHANNELS, 3, stride=1 if self.small_stem else 2, stddev=0.01, name="conv1", **common)(images)
-        features["stem"] = x = x if self.small_stem else ops.max_pool(x)  # (B, H/4, W/4, 24)
+        x = lower.enter(images.astype(self.dtype))
+        x = ConvBN(STEM_CHANNELS, 3, stride=1 if self.small_stem else 2, stddev=0.01, name="conv1", **common)(x)
+        x = x if self.small_stem else lower.max_pool(x)
+        features["stem"] = lower.leave(x)  # (B, H/4, W/4, 24)
         for (stage, units), channels in zip(UNITS.items(), stage_channels, strict=True):
             for index in range(units):
                 stride = 2 if index == 0 else 1
                 x = unit(channels, stride, self.layout, name=f"{stage}_unit{index}", **common)(x)
-            features[stage] = x  # (B, H/8 ... H/32, W/8 ... W/32, channels)
+            features[stage] = lower.leave(x)  # (B, H/8 ... H/32, W/8 ... W/32, channels)
         if not self.conv5:
             return None, features
 
-        features["conv5"] = x = ConvBN(conv5_channels, 1, name="conv5", **common)(x)
+        x = ConvBN(conv5_channels, 1, name="conv5", **common)(x)
+        features["conv5"] = lower.leave(x)
         stored = _stored(self.dtype)
-        features["pooled"] = x = x.astype(stored).mean((1, 2))  # (B, conv5's channels)
+        features["pooled"] = x = lower.global_mean(x.astype(stored))  # (B, conv5's channels)
         if not self.num_classes:
             return None, features
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from shufflenet_jax import ops
+from shufflenet_jax import ops, plain, planar
 
 SIZES = [(8, 8), (7, 9), (1, 5), (2, 1)]
 
@@ -20,19 +20,36 @@ def test_channel_shuffle_is_pytorchs():
     assert_allclose(ops.channel_shuffle(x), theirs.numpy().transpose(0, 2, 3, 1))
 
 
+@pytest.mark.parametrize("split", [ops.channel_shuffle, ops.split_even_odd])
+def test_channels_are_shuffled_and_split_along_any_axis(split):
+    x = normal(2, 3, 4, 6)
+    by_last, by_first = split(x), split(x.transpose(3, 1, 2, 0), axis=0)
+    for last, first in zip(jax.tree.leaves(by_last), jax.tree.leaves(by_first), strict=True):
+        assert_allclose(first.transpose(3, 1, 2, 0), last)
+
+
 def test_even_and_odd_channels_put_back_together_are_the_input():
     x = normal(1, 2, 2, 6)
     even, odd = ops.split_even_odd(x)
     assert_allclose(ops.channel_shuffle(np.concatenate([even, odd], -1)), x)
 
 
-@pytest.mark.parametrize("lowering", ["shifted", "plain"])
+def run(lower, operation, x, *weights):
+    """An operation in a lowering's layout, from and to (B, H, W, C)."""
+
+    def whole(x, *weights):
+        return lower.leave(operation(lower, lower.enter(x), *weights))
+
+    return jax.vjp(whole, x, *weights)
+
+
+@pytest.mark.parametrize("lower", [planar, plain])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("kernel", "groups"), [((3, 3, 1, 6), 6), ((3, 3, 6, 4), 1), ((1, 1, 6, 4), 1)])
-def test_convolutions_and_their_gradients_are_pytorchs(x64, kernel, groups, size, stride, lowering):
+def test_convolutions_and_their_gradients_are_pytorchs(x64, kernel, groups, size, stride, lower):
     x, weights = normal(2, *size, 6), normal(*kernel, seed=1)
-    ours, pull = jax.vjp(lambda x, w: ops.conv(x, w, stride=stride, groups=groups, lowering=lowering), x, weights)
+    ours, pull = run(lower, lambda low, x, w: low.conv(x, w, stride=stride, groups=groups), x, weights)
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x.transpose(0, 3, 1, 2), weights.transpose(3, 2, 0, 1))]
     theirs = torch.nn.functional.conv2d(*tensors, stride=stride, padding=(kernel[0] - 1) // 2, groups=groups)
     # float64 sums of at most 54 products, in two orders.
@@ -45,19 +62,51 @@ def test_convolutions_and_their_gradients_are_pytorchs(x64, kernel, groups, size
     assert_allclose(dw, tensors[1].grad.numpy().transpose(2, 3, 1, 0), atol=1e-12)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_lowerings_agree_in_bfloat16_to_its_resolution(stride):
-    x, weights = (jnp.asarray(a, jnp.bfloat16) for a in (normal(2, 9, 9, 8), normal(3, 3, 1, 8, seed=1)))
-    ours, plain = (ops.conv(x, weights, stride=stride, groups=8, lowering=low) for low in ("shifted", "plain"))
-    # bfloat16 keeps 8 bits: both round a sum of size up to ~8 once.
-    assert ours.dtype == jnp.bfloat16
-    assert_allclose(np.float32(ours), np.float32(plain), atol=8 * 2**-8)
+@pytest.mark.parametrize("lower", [planar, plain])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_and_its_gradients_are_pytorchs(x64, relu, lower):
+    x, scale, bias = normal(3, 5, 4, 6) + 2, normal(6, seed=1), normal(6, seed=2)
+    ours, pull = run(lower, lambda low, *a: low.batch_norm(*a, epsilon=1e-5, relu=relu)[0], x, scale, bias)
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x.transpose(0, 3, 1, 2), scale, bias)]
+    theirs = torch.nn.functional.batch_norm(tensors[0], None, None, *tensors[1:], training=True)
+    theirs = theirs.relu() if relu else theirs
+    assert_allclose(ours, theirs.detach().numpy().transpose(0, 2, 3, 1), atol=1e-12)
+    cotangent = normal(*ours.shape, seed=3)
+    theirs.backward(torch.from_numpy(cotangent.transpose(0, 3, 1, 2)))
+    dx, *others = pull(cotangent)
+    # Differences of float64 sums over 60 values.
+    assert_allclose(dx, tensors[0].grad.numpy().transpose(0, 2, 3, 1), atol=1e-12)
+    for ours, tensor in zip(others, tensors[1:], strict=True):
+        assert_allclose(ours, tensor.grad.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups"), [((3, 3, 1, 8), 1, 8), ((3, 3, 1, 8), 2, 8), ((1, 1, 8, 8), 1, 1)]
+)
+def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups):
+    x, weights = (jnp.asarray(a, jnp.bfloat16) for a in (normal(2, 9, 9, 8), normal(*kernel, seed=1)))
+    scale = jnp.linspace(0.5, 2, 8)
+
+    def layer(low, x, w):
+        return low.batch_norm(low.conv(x, w, stride=stride, groups=groups), scale, 0 * scale, epsilon=1e-5, relu=True)[
+            0
+        ]
+
+    (ours, pull_ours), (theirs, pull_theirs) = (run(lower, layer, x, weights) for lower in (planar, plain))
+    assert ours.dtype == theirs.dtype == jnp.bfloat16
+    pairs = [(ours, theirs), *zip(pull_ours(ours), pull_theirs(ours), strict=True)]
+    for mine, reference in pairs:
+        mine, reference = np.float32(mine), np.float32(reference)
+        # bfloat16 keeps 8 bits; each layer rounds three times, and a few values that cancel show it most.
+        assert_allclose(mine, reference, atol=6 * 2**-8 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("lower", [planar, plain])
 @pytest.mark.parametrize("size", SIZES)
-def test_max_pool_and_its_gradient_are_pytorchs_also_for_negative_values(x64, size):
-    x = normal(2, *size, 3) - 5  # Padding with zeros would win everywhere.
-    ours, pull = jax.vjp(ops.max_pool, x)
+def test_max_pool_and_its_gradient_are_pytorchs_also_for_negative_values_and_ties(x64, size, lower):
+    # Few values, so that many windows hold their largest more than once; padding with zeros would win everywhere.
+    x = normal(2, *size, 3).round() - 5
+    ours, pull = run(lower, lambda low, x: low.max_pool(x), x)
     tensor = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
     theirs = torch.nn.functional.max_pool2d(tensor, 3, 2, 1)
     assert_allclose(ours, theirs.detach().numpy().transpose(0, 2, 3, 1))
@@ -68,4 +117,9 @@ def test_max_pool_and_its_gradient_are_pytorchs_also_for_negative_values(x64, si
 
 def test_an_unknown_lowering_is_named():
     with pytest.raises(ValueError, match="'fast'"):
-        ops.conv(np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 1, 2), np.float32), groups=2, lowering="fast")
+        ops.resolve("fast")
+
+
+def test_a_convolution_that_the_network_does_not_have_is_refused_by_the_planar_lowering():
+    with pytest.raises(ValueError, match="2 groups"):
+        planar.conv(np.ones((4, 4, 4, 1), np.float32), np.ones((3, 3, 2, 4), np.float32), groups=2)

@@ -1,0 +1,67 @@
+"""The reference lowering: NHWC, whole operations handed to XLA, gradients by automatic differentiation."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHANNELS = -1
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def enter(images):
+    """Images (B, H, W, C) in this lowering's layout, which is theirs."""
+    return images
+
+
+def leave(x):
+    """Back to (B, H, W, C)."""
+    return x
+
+
+def conv(x, kernel, *, stride=1, groups=1):
+    """A convolution without bias, padded by (size - 1) / 2 on every side.
+
+    Args:
+      x: (B, H, W, I).
+      kernel: (size, size, I / groups, O); groups is 1 or I.
+    Returns:
+      (B, ceil(H / stride), ceil(W / stride), O).
+    """
+    # Explicit padding: "SAME" pads stride-2 convolutions on one side only, PyTorch on both.
+    pad = (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=DIMENSIONS, feature_group_count=groups
+    )
+
+
+def batch_norm(x, scale, bias, *, epsilon, relu):
+    """Batch norm by the statistics of the batch, and ReLU where asked for.
+
+    Returns:
+      (like x, mean, biased variance), the last two (C,), at least in float32 and without gradients of their own; two
+      passes, as exact as PyTorch's.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = wide.mean((0, 1, 2))
+    var = jnp.square(wide - mean[None, None, None]).mean((0, 1, 2))
+    y = normalize(x, mean, var, scale, bias, epsilon=epsilon, relu=relu)
+    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
+
+
+def normalize(x, mean, var, scale, bias, *, epsilon, relu):
+    """`(x - mean) / sqrt(var + epsilon) * scale + bias` channel by channel, at least in float32, and ReLU."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    mean, var, scale, bias = (vector.astype(wide)[None, None, None] for vector in (mean, var, scale, bias))
+    y = ((x.astype(wide) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
+    return jax.nn.relu(y) if relu else y
+
+
+def max_pool(x):
+    """Max pool 3x3 with stride 2, padded by 1 with minus infinity. (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C)."""
+    window, strides, padding = (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
+
+
+def global_mean(x):
+    """The mean over all pixels. (B, H, W, C) -> (B, C)."""
+    return x.mean((1, 2))
