@@ -28,7 +28,7 @@ MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part
 
 
 class Conv(nn.Module):
-    """A square convolution without bias; its weights are one leaf, `kernel` (size, size, I / groups, O)."""
+    """A square convolution; its weights are `kernel` (size, size, I / groups, O) and, where asked for, `bias`."""
 
     features: int
     size: int
@@ -37,6 +37,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     lowering: str = "auto"
     stddev: float | None = None  # Of the initial weights; by default 1 / (I / groups).
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -45,7 +46,11 @@ class Conv(nn.Module):
         init = nn.initializers.normal(self.stddev or 1 / fan)
         kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return lower.conv(x, kernel, stride=self.stride, groups=self.groups)
+        x = lower.conv(x, kernel, stride=self.stride, groups=self.groups)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), _stored(self.dtype))
+            x = x + lower.per_channel(bias.astype(self.dtype))
+        return x
 
 
 class BatchNorm(nn.Module):
@@ -79,7 +84,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm and, where asked for, ReLU."""
+    """Convolution, batch norm (folded: a bias in its place) and, where asked for, ReLU."""
 
     features: int
     size: int
@@ -89,13 +94,24 @@ class ConvBN(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     lowering: str = "auto"
+    folded: bool = False
     stddev: float | None = None
 
     @nn.compact
     def __call__(self, x):
         conv = Conv(
-            self.features, self.size, self.stride, self.groups, self.dtype, self.lowering, self.stddev, name="conv"
+            self.features,
+            self.size,
+            self.stride,
+            self.groups,
+            self.dtype,
+            self.lowering,
+            self.stddev,
+            bias=self.folded,
+            name="conv",
         )
+        if self.folded:
+            return nn.relu(conv(x)) if self.relu else conv(x)
         return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x))
 
 
@@ -112,10 +128,11 @@ class Unit(nn.Module):
     train: bool
     dtype: Any = jnp.float32
     lowering: str = "auto"
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x):
-        layer = partial(ConvBN, train=self.train, dtype=self.dtype, lowering=self.lowering)
+        layer = partial(ConvBN, train=self.train, dtype=self.dtype, lowering=self.lowering, folded=self.folded)
         axis = ops.resolve(self.lowering).CHANNELS
         inputs = x.shape[axis]
         middle = self.features // 2
@@ -151,6 +168,7 @@ class ShuffleNetV2(nn.Module):
     dropout: float = 0.0  # Before the classifier; Megvii trains 2.0x with 0.2.
     dtype: Any = jnp.float32  # Of the computation: bfloat16 keeps parameters, statistics and logits in float32.
     lowering: str = "auto"  # See ops.py; "plain" is the reference.
+    folded: bool = False  # For inference alone: batch norm is part of the convolutions, as `deploy.fold` makes it.
     remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
 
     @nn.compact
@@ -159,11 +177,13 @@ class ShuffleNetV2(nn.Module):
             raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}")
         if self.num_classes and not self.conv5:
             raise ValueError("a classifier needs conv5")
+        if self.folded and train:
+            raise ValueError("a folded network has no batch norm to train")
         if images.ndim != 4 or images.shape[-1] != self.in_chans:
             raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
 
         *stage_channels, conv5_channels = CHANNELS[self.width]
-        common = {"train": train, "dtype": self.dtype, "lowering": self.lowering}
+        common = {"train": train, "dtype": self.dtype, "lowering": self.lowering, "folded": self.folded}
         unit = nn.remat(Unit) if self.remat else Unit
         lower = ops.resolve(self.lowering)
         features = {}

@@ -1,7 +1,8 @@
 """Which lowering of the network's operations runs, and the operations that all lowerings share.
 
-A lowering is a module with `enter`, `leave`, `conv`, `batch_norm`, `normalize`, `max_pool` and `global_mean` on arrays
-in its own layout, whose channels lie along `CHANNELS`. Every one of them pads like PyTorch and gives the same numbers.
+A lowering is a module with `enter`, `leave`, `per_channel`, `conv`, `batch_norm`, `normalize`, `max_pool` and
+`global_mean` on arrays in its own layout, whose channels lie along `CHANNELS`. Every one of them pads like PyTorch and
+gives the same numbers.
 """
 
 import jax

@@ -18,6 +18,11 @@ def leave(x):
     return x
 
 
+def per_channel(vector):
+    """A value a channel, ready to meet (B, H, W, C)."""
+    return vector[None, None, None]
+
+
 def conv(x, kernel, *, stride=1, groups=1):
     """A convolution without bias, padded by (size - 1) / 2 on every side.
 
@@ -43,7 +48,7 @@ def batch_norm(x, scale, bias, *, epsilon, relu):
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean((0, 1, 2))
-    var = jnp.square(wide - mean[None, None, None]).mean((0, 1, 2))
+    var = jnp.square(wide - per_channel(mean)).mean((0, 1, 2))
     y = normalize(x, mean, var, scale, bias, epsilon=epsilon, relu=relu)
     return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
@@ -51,7 +56,7 @@ def batch_norm(x, scale, bias, *, epsilon, relu):
 def normalize(x, mean, var, scale, bias, *, epsilon, relu):
     """`(x - mean) / sqrt(var + epsilon) * scale + bias` channel by channel, at least in float32, and ReLU."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    mean, var, scale, bias = (vector.astype(wide)[None, None, None] for vector in (mean, var, scale, bias))
+    mean, var, scale, bias = (per_channel(vector.astype(wide)) for vector in (mean, var, scale, bias))
     y = ((x.astype(wide) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
     return jax.nn.relu(y) if relu else y
 

@@ -26,6 +26,11 @@ def leave(x):
     return jnp.transpose(x, (3, 1, 2, 0))
 
 
+def per_channel(vector):
+    """A value a channel, ready to meet (C, H, W, N)."""
+    return vector[:, None, None, None]
+
+
 def conv(x, kernel, *, stride=1, groups=1):
     """A convolution without bias, padded by (size - 1) / 2 on every side; `plain.conv` in this layout."""
     size, outputs = kernel.shape[0], kernel.shape[-1]
@@ -47,7 +52,7 @@ def batch_norm(x, scale, bias, *, epsilon, relu):
 def normalize(x, mean, var, scale, bias, *, epsilon, relu):
     """`plain.normalize` in this layout."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    mean, var, scale, bias = (_column(vector.astype(wide)) for vector in (mean, var, scale, bias))
+    mean, var, scale, bias = (per_channel(vector.astype(wide)) for vector in (mean, var, scale, bias))
     y = ((x.astype(wide) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
     return jax.nn.relu(y) if relu else y
 
@@ -55,14 +60,14 @@ def normalize(x, mean, var, scale, bias, *, epsilon, relu):
 @jax.custom_vjp
 def max_pool(x):
     """Max pool 3x3 with stride 2, padded by 1 with minus infinity. (C, H, W, N) -> (C, ceil(H/2), ceil(W/2), N)."""
-    rows = [tap for _, column, tap in _taps(_pad(x, -jnp.inf), 2, x.shape)]
+    rows = [tap for _, column, tap in taps(pad(x, -jnp.inf), 2, x.shape)]
     return jax.tree.reduce(jnp.maximum, rows)
 
 
 def _max_pool_forward(x):
     # The place of the largest value in each window, the first of equals, as in PyTorch: a byte an output.
     largest = place = None
-    for row, column, tap in _taps(_pad(x, -jnp.inf), 2, x.shape):
+    for row, column, tap in taps(pad(x, -jnp.inf), 2, x.shape):
         here = jnp.uint8(3 * row + column)
         if place is None:
             largest, place = tap, jnp.zeros(tap.shape, jnp.uint8)
@@ -119,12 +124,12 @@ _stem.defvjp(_stem_forward, _stem_backward)
 def _sum_of_views(x, kernel, stride):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = kernel.astype(wide)
-    return sum(view.astype(wide) * _column(weights[place]) for place, view in _views(x, stride)).astype(x.dtype)
+    return sum(view.astype(wide) * per_channel(weights[place]) for place, view in _views(x, stride)).astype(x.dtype)
 
 
 def _views(x, stride):
     """((row, column, input channel), view (1, H', W', N)) for each tap and channel, in the kernel's order."""
-    for row, column, tap in _taps(_pad(x), stride, x.shape):
+    for row, column, tap in taps(pad(x), stride, x.shape):
         for channel in range(x.shape[0]):
             yield (row, column, channel), tap[channel : channel + 1]
 
@@ -135,8 +140,8 @@ def _depthwise(x, kernel, stride):
     # bfloat16 sums would lose digits at every tap; the wider sum costs nothing inside XLA's fusion.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = kernel.astype(wide)
-    taps = _taps(_pad(x), stride, x.shape)
-    return sum(tap.astype(wide) * _column(weights[row, column]) for row, column, tap in taps).astype(x.dtype)
+    met = taps(pad(x), stride, x.shape)
+    return sum(tap.astype(wide) * per_channel(weights[row, column]) for row, column, tap in met).astype(x.dtype)
 
 
 def _depthwise_forward(x, kernel, stride):
@@ -146,14 +151,14 @@ def _depthwise_forward(x, kernel, stride):
 def _depthwise_backward(stride, saved, dy):
     x, kernel = saved
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in _taps(_pad(x), stride, x.shape)]
+    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in taps(pad(x), stride, x.shape)]
     dkernel = jnp.stack(_sums(products)).reshape(kernel.shape).astype(kernel.dtype)
     if stride == 1:
         return _depthwise(dy, kernel[::-1, ::-1], 1), dkernel
     padded, weights = _pad_behind(dy.astype(wide)), kernel.astype(wide)
 
     def pixel(row, column, window):
-        return window(padded) * _column(weights[row, column])
+        return window(padded) * per_channel(weights[row, column])
 
     return _scatter(pixel, *x.shape[1:3]).astype(x.dtype), dkernel
 
@@ -188,7 +193,7 @@ def _batch_norm(x, scale, bias, epsilon, relu):
 def _batch_norm_forward(x, scale, bias, epsilon, relu):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(PIXELS)
-    (squares,) = _sums_of_eighths([jnp.square(wide - _column(mean))])
+    (squares,) = _sums_of_eighths([jnp.square(wide - per_channel(mean))])
     var = squares / (x.size // x.shape[0])
     y = normalize(x, mean, var, scale, bias, epsilon=epsilon, relu=relu)
     return (y, mean, var), (x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale)
@@ -201,10 +206,10 @@ def _batch_norm_backward(epsilon, relu, saved, cotangents):
     if relu:
         dy = jnp.where(y > 0, dy, 0)
     # In terms of x, not of the normalised x, which XLA would compute once and store.
-    centred, count = x.astype(wide) - _column(mean), x.size // x.shape[0]
+    centred, count = x.astype(wide) - per_channel(mean), x.size // x.shape[0]
     dbias, product = _sums_of_eighths([dy, dy * centred])
     slope = product / count * inverse**3 * scale
-    dx = (dy - _column(dbias / count)) * _column(inverse * scale) - centred * _column(slope)
+    dx = (dy - per_channel(dbias / count)) * per_channel(inverse * scale) - centred * per_channel(slope)
     return dx.astype(x.dtype), (product * inverse).astype(scale.dtype), dbias.astype(scale.dtype)
 
 
@@ -227,11 +232,6 @@ def _sums_of_eighths(arrays):
     return [sum(found[start : start + ways]) for start in range(0, len(found), ways)]
 
 
-def _column(vector):
-    """A value a channel, ready to meet (C, H, W, N)."""
-    return vector[:, None, None, None]
-
-
 def _rows(x):
     """(C, H W N): a row a channel."""
     return x.reshape(x.shape[0], -1)
@@ -242,7 +242,7 @@ def _matmul(weights, x, axis):
     return lax.dot_general(weights, _rows(x), (((axis,), (0,)), ((), ())))
 
 
-def _pad(x, value=0.0):
+def pad(x, value=0.0):
     """A pixel more on every side."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=value)
 
@@ -252,7 +252,7 @@ def _pad_behind(x, value=0):
     return jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=value)
 
 
-def _taps(padded, stride, shape):
+def taps(padded, stride, shape):
     """(row, column, view) for each tap of a 3x3 kernel: what it meets at each output pixel of an input's shape."""
     height, width = (stride * ((length - 1) // stride) + 1 for length in shape[1:3])
     for row in range(3):
