@@ -1,0 +1,344 @@
+"""Milliseconds of inference and of a training step: ours beside PyTorch, torch.compile, ONNX Runtime and OpenVINO.
+
+    python benchmarks/model.py --json model.json --plot model.png
+
+PyTorch is among the project's requirements; `pip install onnx onnxruntime onnxscript openvino` adds the others, and
+what is not installed is left out with a note. Every contender runs in a process of its own, all of them in turn,
+several times; medians and ratios go to stdout as a table. On a GPU: `--dtype bfloat16 --inference 256 1024 --training
+256 1024`.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+INFERENCE = {  # contender: the module that it needs
+    "ours": "jax",
+    "ours, plain lowering": "jax",
+    "PyTorch": "torch",
+    "PyTorch, channels last": "torch",
+    "torch.compile": "torch",
+    "torch.compile, channels last": "torch",
+    "ONNX Runtime": "onnxruntime",
+    "OpenVINO": "openvino",
+}
+TRAINING = [name for name, module in INFERENCE.items() if module in ("jax", "torch")]
+COMPILED = ("torch.compile", "torch.compile, channels last")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inference", type=int, nargs="*", default=[1, 32, 128], help="batch sizes (%(default)s)")
+    parser.add_argument("--training", type=int, nargs="*", default=[32, 64], help="batch sizes (%(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each contender (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="measured time of a run (default: %(default)s)")
+    parser.add_argument("--only", nargs="*", help="contenders to run (default: all)")
+    parser.add_argument("--json", type=Path, help="also write all figures there")
+    parser.add_argument("--plot", type=Path, help="draw time against batch, resolution and width there, as PNG")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(**json.loads(options.child))))
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"dtype": options.dtype, "seconds": options.seconds, "folder": folder}
+        names = [name for name in INFERENCE if options.only is None or name in options.only]
+        wanted = [("inference", name, batch) for batch in options.inference for name in names]
+        wanted += [("training", name, batch) for batch in options.training for name in names if name in TRAINING]
+        found = measure(wanted, options.rounds, common)
+        growth = measure_growth(common) if options.plot else []
+    print(f"{machine()}; {options.dtype}, 1.0x, 224 x 224; milliseconds, median of {options.rounds} runs in turn\n")
+    show(found)
+    if options.plot:
+        draw(growth, options.plot)
+    if options.json:
+        rows = [{"kind": k, "contender": n, "batch": b, "runs": runs} for (k, n, b), runs in found.items()]
+        figures = {"machine": machine(), "dtype": options.dtype, "rows": rows, "growth": growth}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def measure(wanted, rounds, common):
+    """{(kind, contender, batch): a list of what `child` returns}, all in turn, as often as there are rounds."""
+    found = {}
+    for number in range(rounds):
+        for kind, name, batch in wanted:
+            if importlib.util.find_spec(INFERENCE[name]) is None:
+                if not number:
+                    print(f"note: {name} is left out: {INFERENCE[name]} is not installed", file=sys.stderr)
+                continue
+            print(f"round {number + 1} of {rounds}: {kind}, batch {batch}, {name}", file=sys.stderr)
+            spec = {"kind": kind, "name": name, "batch": batch, **common}
+            found.setdefault((kind, name, batch), []).append(run_child(spec))
+    return found
+
+
+def run_child(spec):
+    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(spec)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {spec['name']} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(found):
+    medians = {key: statistics.median(run["milliseconds"] for run in runs) for key, runs in found.items()}
+    for kind in ("inference", "training"):
+        batches = sorted({batch for k, _, batch in found if k == kind})
+        if not batches:
+            continue
+        heads = " | ".join(f"{kind} {batch} | ours is" for batch in batches)
+        last = " peak memory, MiB |" if kind == "training" else ""
+        print(f"| contender | {heads} |{last}")
+        print(f"| --- |{' --- | --- |' * len(batches)}{' --- |' if last else ''}")
+        for name in dict.fromkeys(n for k, n, _ in found if k == kind):
+            row = f"| {name} |"
+            for batch in batches:
+                time_, ours = medians[kind, name, batch], medians.get((kind, "ours", batch))
+                row += f" {time_:.1f} | " + (f"{ours / time_:.2f} |" if ours else "|")
+            if last:
+                row += f" {statistics.median(run['memory'] for run in found[kind, name, batches[0]]):.0f} |"
+            print(row)
+        print()
+
+
+def measure_growth(common):
+    """Time against batch, resolution and width, ours and torch.compile: a list of {axis, value, contender, ...}."""
+    points = [("batch", {"batch": batch}) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    points += [("resolution", {"batch": 8, "resolution": side}) for side in (128, 160, 192, 224, 256, 320)]
+    points += [("width", {"batch": 8, "width": width}) for width in (0.5, 1.0, 1.5, 2.0)]
+    growth = []
+    for axis, settings in points:
+        for name in ("ours", COMPILED[1]):
+            if importlib.util.find_spec(INFERENCE[name]) is not None:
+                print(f"growth: {axis}, {settings}, {name}", file=sys.stderr)
+                run = run_child({"kind": "inference", "name": name, **settings, **common})
+                growth.append({"axis": axis, "value": settings[axis], "contender": name, **settings, **run})
+    return growth
+
+
+def draw(growth, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = {"batch": "images in a batch", "resolution": "pixels a side (batch 8)", "width": "width (batch 8)"}
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    for panel, (axis, label) in zip(panels, labels.items(), strict=True):
+        for name in dict.fromkeys(row["contender"] for row in growth):
+            rows = [row for row in growth if row["axis"] == axis and row["contender"] == name]
+            per_image = [row["milliseconds"] / row["batch"] for row in rows]
+            panel.plot([row["value"] for row in rows], per_image, marker="o", label=name)
+        panel.set(xlabel=label, ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_ylabel("milliseconds an image")
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"Inference, {machine()}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def machine():
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"{torch.cuda.get_device_name()}, Python {platform.python_version()}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{next(named, platform.processor())}, {cores} cores, Python {platform.python_version()}"
+
+
+def child(kind, name, batch, dtype, seconds, folder, resolution=224, width=1.0):
+    """One run of one contender: {"milliseconds": of one call, the median of this run, "memory": peak in MiB}."""
+    work = {
+        "inference": {"jax": jax_inference, "torch": torch_inference},
+        "training": {"jax": jax_step, "torch": torch_step},
+    }
+    build = {"onnxruntime": onnx_inference, "openvino": openvino_inference}.get(INFERENCE[name])
+    build = build or work[kind][INFERENCE[name]]
+    call = build(name, batch, dtype, resolution, width, Path(folder))
+    for _ in range(3):
+        call()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"milliseconds": 1e3 * statistics.median(times), "memory": memory}
+
+
+def network(width):
+    """torchvision's network in PyTorch, with seeded weights and running statistics of their own activations."""
+    import torch
+
+    from shufflenet_jax.porting.reference import NETWORKS
+
+    torch.manual_seed(0)
+    found = NETWORKS["torchvision"](width, 1000)
+    for layer in found.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # Keep the statistics of the batch below as they are.
+    found.train()(torch.randn(8, 3, 64, 64))
+    return found.eval()
+
+
+def converted(width, dtype, plain):
+    """(module, variables): the same network in JAX."""
+    import jax.numpy as jnp
+
+    from shufflenet_jax import cli
+    from shufflenet_jax.porting import dialects
+
+    cli.use_compilation_cache()  # As all commands do.
+    cli.keep_freed_memory()
+    rules = dialects.DIALECTS["torchvision"]
+    tensors = {key: tensor.numpy() for key, tensor in network(width).state_dict().items()}
+    module = dialects.module_for(tensors, rules)
+    variables = dialects.from_torch(tensors, rules, module)[0]
+    return module.clone(dtype=jnp.dtype(dtype), lowering="plain" if plain else "auto"), variables
+
+
+def jax_inference(name, batch, dtype, resolution, width, _):
+    import jax
+    import numpy as np
+
+    from shufflenet_jax.deploy import deploy
+
+    plain = name != "ours"
+    network, weights = converted(width, dtype, plain)
+    if not plain:
+        network, weights = deploy(network, weights)
+    weights = jax.device_put(weights)
+    images = jax.device_put(np.random.default_rng(0).normal(size=(batch, resolution, resolution, 3)).astype("f4"))
+    apply = jax.jit(lambda weights, images: network.apply(weights, images)[0])
+    return lambda: jax.block_until_ready(apply(weights, images))
+
+
+def jax_step(name, batch, dtype, resolution, width, _):
+    from functools import partial
+
+    import jax
+    import numpy as np
+
+    from shufflenet_jax import parallel, training
+    from shufflenet_jax.config import TrainConfig
+
+    module, variables = converted(width, dtype, name != "ours")
+    config = TrainConfig(data="none")
+    device = jax.local_devices()[:1]
+    state = training.create_state(module, training.make_optimizer(config, 1000), variables)
+    state = parallel.replicate(state, device)
+    step = parallel.map_train_step(partial(training.train_step, module, config.preprocess, 0), device)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, resolution, resolution, 3), dtype=np.uint8)
+    (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], device)
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, fed)
+        jax.block_until_ready((state, metrics))
+
+    return call
+
+
+def torch_network(name, batch, dtype, resolution, width):
+    """(network, images, settings of autocast, synchronise) as the contender has them."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layout = torch.channels_last if name.endswith("channels last") else torch.contiguous_format
+    found = network(width).to(device).to(memory_format=layout)
+    images = torch.randn(batch, 3, resolution, resolution, device=device).to(memory_format=layout)
+    if name in COMPILED:
+        found = torch.compile(found)
+    autocast = {"device_type": device, "dtype": torch.bfloat16, "enabled": dtype == "bfloat16"}
+    return found, images, autocast, torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def torch_inference(name, batch, dtype, resolution, width, _):
+    import torch
+
+    found, images, autocast, wait = torch_network(name, batch, dtype, resolution, width)
+
+    def call():
+        with torch.inference_mode(), torch.autocast(**autocast):
+            found(images)
+        wait()
+
+    return call
+
+
+def torch_step(name, batch, dtype, resolution, width, _):
+    import torch
+
+    found, images, autocast, wait = torch_network(name, batch, dtype, resolution, width)
+    found.train()
+    optimizer = torch.optim.SGD(found.parameters(), lr=0.1, momentum=0.9, weight_decay=4e-5)
+    labels = torch.randint(0, 1000, (batch,), device=images.device)
+
+    def call():
+        optimizer.zero_grad()
+        with torch.autocast(**autocast):
+            loss = torch.nn.functional.cross_entropy(found(images)[0], labels)
+        loss.backward()
+        optimizer.step()
+        wait()
+
+    return call
+
+
+def onnx_file(resolution, width, folder):
+    """The network as an ONNX file, made once."""
+    import torch
+
+    path = folder / f"{width}_{resolution}.onnx"
+    if not path.exists():
+        found = network(width)
+        logits = torch.nn.Module()
+        logits.network, logits.forward = found, lambda images: found(images)[0]
+        shape = ({0: torch.export.Dim("batch")},)
+        example = (torch.randn(2, 3, resolution, resolution),)
+        torch.onnx.export(logits.eval(), example, str(path), dynamic_shapes=shape, dynamo=True, verbose=False)
+    return str(path)
+
+
+def onnx_inference(name, batch, dtype, resolution, width, folder):
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_file(resolution, width, folder), providers=["CPUExecutionProvider"])
+    feed = {
+        session.get_inputs()[0].name: np.random.default_rng(0)
+        .normal(size=(batch, 3, resolution, resolution))
+        .astype("f4")
+    }
+    return lambda: session.run(None, feed)
+
+
+def openvino_inference(name, batch, dtype, resolution, width, folder):
+    import numpy as np
+    import openvino
+
+    compiled = openvino.compile_model(openvino.convert_model(onnx_file(resolution, width, folder)), "CPU")
+    images = np.random.default_rng(0).normal(size=(batch, 3, resolution, resolution)).astype("f4")
+    return lambda: compiled(images)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
