@@ -1,7 +1,6 @@
 """A trained network in the form in which it predicts fastest: batch norm folded into the convolutions.
 
-On CPUs also: arrays (C, pixels) whose rows of pixels end in one column of zeros, so that a shift by a tap is a shift
-along one axis; and no shuffles: `plan` follows where each channel goes, and the weights are permuted to match.
+In the planar lowering also without shuffles: `plan` follows where each channel goes, and weights are permuted to match.
 """
 
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ import numpy as np
 
 from . import ops, planar
 from .model import EPSILON, UNITS, ShuffleNetV2
-
-FEW_IMAGES = 8  # Below that the stem's views are no long rows of numbers, and one matrix product is faster.
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,15 @@ class Deployed:
 
     def apply(self, weights, images):
         """(logits, features) of images (B, H, W, C), as `ShuffleNetV2` has them, but for inference only."""
-        if _flat(self.module):
-            return _apply_flat(self.module, weights, images)
+        if _is_planar(self.module):
+            return _apply_planar(self.module, weights, images)
         return self.module.clone(folded=True).apply(weights, images)
 
 
 def deploy(module, variables):
     """(Deployed, its weights) of a ShuffleNetV2 and its variables {"params", "batch_stats"}, on the host."""
     folded = fold(variables)
-    if _flat(module):
+    if _is_planar(module):
         folded = _arrange(module, folded)
     stored = jnp.promote_types(module.dtype, jnp.float32)
     return Deployed(module), jax.tree.map(lambda leaf: np.asarray(leaf, stored), {"params": folded})
@@ -62,7 +59,7 @@ def fold(variables):
     return {**merge(params, variables["batch_stats"]), **classifier}
 
 
-def _flat(module):
+def _is_planar(module):
     return ops.resolve(module.lowering) is planar
 
 
@@ -119,7 +116,7 @@ def _plans(module, params):
 
 
 def _arrange(module, folded):
-    """Folded parameters with input channels in the order in which `_apply_flat` has them."""
+    """Folded parameters with input channels in the order in which `_apply_planar` has them."""
     params = jax.tree.map(np.asarray, folded)
 
     def reorder(layer, order):
@@ -150,39 +147,27 @@ def _arrange(module, folded):
     return params
 
 
-def _apply_flat(module, weights, images):
+def _apply_planar(module, weights, images):
     params, dtype = weights["params"], module.dtype
     x = planar.enter(images.astype(dtype))
-    count = x.shape[-1]
-    conv = params["conv1"]["conv"]
-    x = _stem(x, conv["kernel"].astype(dtype), 1 if module.small_stem else 2)
-    x = _activate(x, conv["bias"])
+    x = _layer(x, params["conv1"], stride=1 if module.small_stem else 2)
     x = x if module.small_stem else planar.max_pool(x)
     features = {"stem": planar.leave(x)}
 
     for stage, steps, positions in _plans(module, params):
-        first = params[f"{stage}_unit0"]
-        left = _product(_strided(x, first["left_dw"], dtype), first["left_pw"], dtype)
-        right = _activate(
-            planar.conv(x, first["right_pw1"]["conv"]["kernel"].astype(dtype)), first["right_pw1"]["conv"]["bias"]
-        )
-        right = _product(_strided(right, first["right_dw"], dtype), first["right_pw2"], dtype)
-        height, width = ((length + 1) // 2 for length in x.shape[1:3])
-        pieces = [left, right]
+        unit = params[f"{stage}_unit0"]
+        left = _layer(_layer(x, unit["left_dw"], stride=2), unit["left_pw"])
+        pieces = [left, _right_branch(x, unit, stride=2)]
         for index, step in enumerate(steps, start=1):
-            unit = params[f"{stage}_unit{index}"]
-            right = _gather(pieces, step.right)
-            right = _product(right, unit["right_pw1"], dtype)
-            right = _product(_shifted(right, unit["right_dw"], height, width, count), unit["right_pw2"], dtype)
-            pieces = [*(pieces[piece][part] for piece, part in step.left), right]
-        flat = jnp.concatenate(pieces)
-        x = flat.reshape(len(flat), height, width + 1, count)[:, :, :width]
+            x = jnp.concatenate([pieces[piece][channels] for piece, channels in step.right])
+            right = _right_branch(x, params[f"{stage}_unit{index}"], stride=1)
+            pieces = [*(pieces[piece][channels] for piece, channels in step.left), right]
+        x = jnp.concatenate(pieces)
         features[stage] = planar.leave(x[np.argsort(positions)])
     if not module.conv5:
         return None, features
 
-    flat = _product(flat, params["conv5"], dtype)
-    x = flat.reshape(len(flat), height, width + 1, count)[:, :, :width]
+    x = _layer(x, params["conv5"])
     features["conv5"] = planar.leave(x)
     stored = jnp.promote_types(dtype, jnp.float32)
     features["pooled"] = x = planar.global_mean(x.astype(stored))
@@ -192,53 +177,14 @@ def _apply_flat(module, weights, images):
     return logits + params["fc"]["bias"][None] if "bias" in params["fc"] else logits, features
 
 
-def _stem(x, kernel, stride):
-    if x.shape[-1] >= FEW_IMAGES:
-        return planar.conv(x, kernel, stride=stride)
-    views = jnp.concatenate([tap for _, _, tap in planar.taps(planar.pad(x), stride, x.shape)])  # (9 I, H', W', N)
-    return planar.conv(views, kernel.reshape(1, 1, -1, kernel.shape[-1]))
+def _right_branch(x, unit, *, stride):
+    return _layer(_layer(_layer(x, unit["right_pw1"]), unit["right_dw"], stride=stride), unit["right_pw2"])
 
 
-def _activate(x, bias):
-    """Bias and ReLU of (C, ...)."""
-    bias = bias.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
-    return jax.nn.relu(x + bias)
-
-
-def _gather(pieces, parts):
-    return jnp.concatenate([pieces[piece][part] for piece, part in parts])
-
-
-def _product(x, layer, dtype):
-    """A 1x1 convolution with bias and ReLU, (I, pixels) to (O, pixels)."""
-    kernel = layer["conv"]["kernel"][0, 0].astype(dtype)
-    return _activate(jax.lax.dot_general(kernel, x, (((0,), (0,)), ((), ()))), layer["conv"]["bias"])
-
-
-def _strided(x, layer, dtype):
-    """A depthwise convolution with stride 2, (C, H, W, N) to (C, H' (W' + 1) N); the last column is of no use."""
-    kernel = layer["conv"]["kernel"][:, :, 0].astype(jnp.promote_types(dtype, jnp.float32))
-    height, width = ((length + 1) // 2 for length in x.shape[1:3])
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 3), (0, 0)))
-    shape = (None, 2 * height - 1, 2 * width + 1)
-    met = planar.taps(padded, 2, shape)
-    total = sum(tap.astype(kernel.dtype) * planar.per_channel(kernel[row, column]) for row, column, tap in met)
-    return total.astype(dtype).reshape(len(x), -1)
-
-
-def _shifted(x, layer, height, width, count):
-    """A depthwise convolution with stride 1 of (C, H (W + 1) N), whose last column becomes zero before.
-
-    A row's last column is also the pixel left of the next row.
-    """
-    kernel = layer["conv"]["kernel"][:, :, 0].astype(jnp.promote_types(x.dtype, jnp.float32))
-    inside = np.tile(np.repeat(np.arange(width + 1) < width, count), height)
-    margin = (width + 2) * count
-    padded = jnp.pad(jnp.where(inside[None], x, 0), ((0, 0), (margin, margin)))
-    total = 0
-    for row in range(3):
-        for column in range(3):
-            start = (row * (width + 1) + column) * count
-            tap = padded[:, start : start + x.shape[1]]
-            total += tap.astype(kernel.dtype) * kernel[row, column][:, None]
-    return total.astype(x.dtype)
+def _layer(x, layer, *, stride=1):
+    """A convolution and, unless it is a depthwise one, bias and ReLU."""
+    kernel = layer["conv"]["kernel"].astype(x.dtype)
+    x = planar.conv(x, kernel, stride=stride, groups=x.shape[0] // kernel.shape[2])
+    if "bias" not in layer["conv"]:
+        return x
+    return jax.nn.relu(x + planar.per_channel(layer["conv"]["bias"].astype(x.dtype)))

@@ -12,9 +12,9 @@ def eval_step(module, preprocess, variables, batch, *, flip=False):
     """One device's share of a batch: sums over its real images, and their logits.
 
     Args:
-      module: a ShuffleNetV2 with a classifier.
+      module: a ShuffleNetV2 with a classifier, or its Deployed form.
       preprocess: a Preprocess: how the uint8 images are normalised.
-      variables: its {"params", "batch_stats"}.
+      variables: its {"params", "batch_stats"}, or its weights.
       batch: {"images": uint8 (B, H, W, C), "labels": (B,), "mask": (B,)}.
       flip: average the class probabilities of each image and its mirror image.
     Returns:

@@ -11,8 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 CHANNELS = 0
+FEW = 8  # Images: with fewer, the stem's views are no long rows of numbers, and one matrix product is faster.
 PIXELS = (1, 2, 3)  # The axes H, W and N.
 
 
@@ -24,6 +26,16 @@ def enter(images):
 def leave(x):
     """Back to (B, H, W, C)."""
     return jnp.transpose(x, (3, 1, 2, 0))
+
+
+def _apart(function, *arrays):
+    """`function(*arrays)` as a loop of its own in the compiled program.
+
+    What follows is often a matrix product, for which XLA would flatten the loop over H, W and N into one and then find
+    its way back by a division for each number: three times as slow.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*arrays)
 
 
 def per_channel(vector):
@@ -60,21 +72,28 @@ def normalize(x, mean, var, scale, bias, *, epsilon, relu):
 @jax.custom_vjp
 def max_pool(x):
     """Max pool 3x3 with stride 2, padded by 1 with minus infinity. (C, H, W, N) -> (C, ceil(H/2), ceil(W/2), N)."""
-    rows = [tap for _, column, tap in taps(pad(x, -jnp.inf), 2, x.shape)]
-    return jax.tree.reduce(jnp.maximum, rows)
+    return _apart(_largest, x)
+
+
+def _largest(x):
+    return jax.tree.reduce(lax.max, [tap for _, _, tap in taps(pad(x, -jnp.inf), 2, x.shape)])
 
 
 def _max_pool_forward(x):
+    largest, place = _apart(_largest_and_place, x)
+    return largest, (place, jnp.zeros((0, *x.shape[1:3])))
+
+
+def _largest_and_place(x):
     # The place of the largest value in each window, the first of equals, as in PyTorch: a byte an output.
     largest = place = None
     for row, column, tap in taps(pad(x, -jnp.inf), 2, x.shape):
-        here = jnp.uint8(3 * row + column)
         if place is None:
             largest, place = tap, jnp.zeros(tap.shape, jnp.uint8)
         else:
-            place = jnp.where(tap > largest, here, place)
-            largest = jnp.where(tap > largest, tap, largest)
-    return largest, (place, jnp.zeros((0, *x.shape[1:3])))
+            place = lax.select(tap > largest, jnp.full_like(place, 3 * row + column), place)
+            largest = lax.max(largest, tap)
+    return largest, place
 
 
 def _max_pool_backward(saved, dy):
@@ -99,9 +118,12 @@ def global_mean(x):
 def _stem(x, kernel, stride):
     """(I, H, W, N) by (3, 3, I, O) for images, that is for few I: a multiply-add for each tap and input channel.
 
-    Gathering the 27 views for a matrix product would take longer than all of these together.
+    With many images, gathering the 27 views for a matrix product would take longer than all of these together.
     """
-    return _sum_of_views(x, kernel, stride)
+    if x.shape[-1] >= FEW:
+        return _sum_of_views(x, kernel, stride)
+    views = jnp.concatenate([tap for _, _, tap in taps(pad(x), stride, x.shape)])  # (9 I, H', W', N)
+    return _product(kernel.reshape(len(views), -1), views)
 
 
 def _stem_forward(x, kernel, stride):
@@ -137,6 +159,10 @@ def _views(x, stride):
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise(x, kernel, stride):
     """(C, H, W, N) by (3, 3, C): a multiply-add of a shifted view for each tap, in one loop."""
+    return _apart(partial(_sum_of_taps, stride=stride), x, kernel)
+
+
+def _sum_of_taps(x, kernel, stride):
     # bfloat16 sums would lose digits at every tap; the wider sum costs nothing inside XLA's fusion.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = kernel.astype(wide)
@@ -244,7 +270,8 @@ def _matmul(weights, x, axis):
 
 def pad(x, value=0.0):
     """A pixel more on every side."""
-    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=value)
+    # The function of `lax`: that of `jnp` is a program of its own, which `_apart` would set apart too.
+    return lax.pad(x, jnp.array(value, x.dtype), ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
 
 
 def _pad_behind(x, value=0):

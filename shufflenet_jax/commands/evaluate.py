@@ -12,6 +12,7 @@ from .. import parallel
 from ..cli import CommandLine, positive_integer, progress
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
+from ..deploy import deploy
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate
 from ..files import written_aside
@@ -41,6 +42,8 @@ def main(argv):
     )
     total = min(options.limit or len(source), len(source))
 
+    if options.lowering != "plain":
+        module, variables = deploy(module, variables)
     step = parallel.map_eval_step(partial(eval_step, module, info.preprocess, flip=options.tta == "flip"))
     batches = eval_batches(source, info.preprocess, batch_size=min(options.batch_size, total), limit=total)
     # Opened first: a place that cannot be written should not cost an evaluation.
@@ -69,7 +72,9 @@ def parse(argv):
     parser.add_argument("--tta", choices=["flip"], help="average the probabilities of each image and its mirror image")
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the computation")
-    parser.add_argument("--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference")
+    parser.add_argument(
+        "--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference, batch norm and all"
+    )
     for option, (_, kind, meaning) in EXPECTED.items():
         told = f"the {meaning}; exit 1 if another comes out"
         parser.add_argument(option, type=kind, metavar="N" if kind is int else "P", help=told)
