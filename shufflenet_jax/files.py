@@ -1,6 +1,7 @@
 """Places on disk: the cache, and files and folders that appear whole or not at all."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -44,3 +45,12 @@ def written_aside(target, *, folder=False):
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def hash_of(path):
+    """The sha256 of a checkpoint file, in hexadecimal. Raises InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .checkpoint import load_directory
+from .files import cache_dir, hash_of
 
 
 def load_model(checkpoint, **settings):
@@ -19,7 +20,15 @@ def load_model(checkpoint, **settings):
     """
     path = Path(checkpoint).expanduser()
     if path.is_file():
-        from .porting import convert  # Needs torch, which nothing else here does.
-
-        path = convert.cached(path)
+        path = _converted(path)
     return load_directory(path, **settings)
+
+
+def _converted(path):
+    """The model directory of a .pth file in the cache; converted, and verified, on first use."""
+    directory = cache_dir() / "converted" / f"{path.stem}-{hash_of(path)[:16]}"
+    if not directory.exists():
+        from .porting import convert  # Needs torch, whose import alone takes a second.
+
+        convert.into_cache(path, directory)
+    return directory

@@ -3,7 +3,6 @@
 Files: legacy and zip, MMPretrain 0.x and 1.x, torchvision, Megvii, ericsun99.
 """
 
-import hashlib
 import sys
 import warnings
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..config import ModelInfo
 from ..data import transforms
 from ..data.labels import imagenet_classes
 from ..errors import InputError
-from ..files import cache_dir
+from ..files import hash_of
 from ..model import FEATURES
 from . import dialects, reference
 
@@ -75,10 +74,7 @@ def read(path, *, ema=False):
       InputError: the file is missing, damaged, no checkpoint, or would have to run code.
     """
     path = Path(path).expanduser()
-    try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
+    sha256 = hash_of(path)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # What PyTorch warns of ends in the errors below.
@@ -270,17 +266,13 @@ def table(rows):
     return "\n".join(lines)
 
 
-def cached(path):
-    """The model directory of a .pth file in the cache; converted, and verified, on first use."""
-    file = read(path)
-    directory = cache_dir() / "converted" / f"{Path(path).stem}-{file.sha256[:16]}"
-    if not directory.exists():
-        conversion = convert(file)
-        rows = verify(conversion)
-        if not all(row.passed for row in rows):
-            raise InputError(f"{path} gives other numbers in JAX than in PyTorch:\n{table(rows)}")
-        checkpoint.save_model(directory, conversion.info, conversion.variables, overwrite=True)
-    return directory
+def into_cache(path, directory):
+    """Converts a .pth file, verifies it and leaves the model directory."""
+    conversion = convert(read(path))
+    rows = verify(conversion)
+    if not all(row.passed for row in rows):
+        raise InputError(f"{path} gives other numbers in JAX than in PyTorch:\n{table(rows)}")
+    checkpoint.save_model(directory, conversion.info, conversion.variables, overwrite=True)
 
 
 def warn_if_outdated(file):
