@@ -54,6 +54,7 @@ def ours(checkpoint, data):
     from functools import partial
 
     from shufflenet_jax import cli, parallel
+    from shufflenet_jax.commands.evaluate import CPU_BATCH
     from shufflenet_jax.data.pipeline import eval_batches
     from shufflenet_jax.data.sources import open_source
     from shufflenet_jax.deploy import deploy
@@ -68,7 +69,7 @@ def ours(checkpoint, data):
     step, weights = parallel.map_eval_step(partial(eval_step, deployed, info.preprocess)), parallel.replicate(weights)
 
     def once():
-        return evaluate(step, weights, eval_batches(source, info.preprocess, batch_size=128))[0]
+        return evaluate(step, weights, eval_batches(source, info.preprocess, batch_size=CPU_BATCH))[0]
 
     return timed(once, len(source))
 

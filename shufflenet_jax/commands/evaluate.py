@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,6 +21,7 @@ from ..loading import load_model
 from ..ops import LOWERINGS
 
 DESCRIPTION = "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss."
+CPU_BATCH, ACCELERATOR_BATCH = 16, 128
 EXPECTED = {  # option: (figure, type, meaning)
     "--expect-top1-correct": ("top1_correct", int, "number of images whose label comes first"),
     "--expect-top5-correct": ("top5_correct", int, "number of images whose label is among the first five"),
@@ -44,8 +46,10 @@ def main(argv):
 
     if options.lowering != "plain":
         module, variables = deploy(module, variables)
+    # Small batches let a CPU decode and predict by turns; accelerators want to be filled.
+    batch_size = options.batch_size or (CPU_BATCH if jax.default_backend() == "cpu" else ACCELERATOR_BATCH)
     step = parallel.map_eval_step(partial(eval_step, module, info.preprocess, flip=options.tta == "flip"))
-    batches = eval_batches(source, info.preprocess, batch_size=min(options.batch_size, total), limit=total)
+    batches = eval_batches(source, info.preprocess, batch_size=min(batch_size, total), limit=total)
     # Opened first: a place that cannot be written should not cost an evaluation.
     with written_aside(options.predictions) if options.predictions else nullcontext() as draft:
         figures, rows = evaluate(
@@ -67,7 +71,8 @@ def parse(argv):
     parser.add_argument("--data", required=True, help="tfds:NAME, a folder of images, or digits: see README.md")
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
-    parser.add_argument("--batch-size", type=positive_integer, default=128, help="images a step (default: %(default)s)")
+    told = f"images a step (default: {CPU_BATCH} on CPUs, {ACCELERATOR_BATCH} on accelerators)"
+    parser.add_argument("--batch-size", type=positive_integer, help=told)
     parser.add_argument("--limit", type=positive_integer, help="evaluate only that many images, the first ones")
     parser.add_argument("--tta", choices=["flip"], help="average the probabilities of each image and its mirror image")
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
