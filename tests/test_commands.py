@@ -179,18 +179,23 @@ def real_models(shared, tmp_path_factory):
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(
-    ("name", "data", "images", "top1", "top5"),
+    ("name", "data", "images", "top1", "top5", "lowering"),
     [
-        ("mmpretrain", "imagenet-val227", 650, 466, 592),
-        ("torchvision", "imagenet-val227", 650, 466, 592),
-        ("mmpretrain", "imagenet-original", 201, 161, 189),
-        ("torchvision", "imagenet-original", 201, 162, 189),
+        ("mmpretrain", "imagenet-val227", 650, 466, 592, "auto"),
+        ("mmpretrain", "imagenet-val227", 650, 466, 592, "plain"),
+        ("torchvision", "imagenet-val227", 650, 466, 592, "auto"),
+        ("mmpretrain", "imagenet-original", 201, 161, 189, "auto"),
+        ("mmpretrain", "imagenet-original", 201, 161, 189, "plain"),
+        ("torchvision", "imagenet-original", 201, 162, 189, "auto"),
     ],
 )
-def test_real_weights_give_the_reference_counts(name, data, images, top1, top5, real_models, shared, tmp_path, call):
+def test_real_weights_give_the_reference_counts(
+    name, data, images, top1, top5, lowering, real_models, shared, tmp_path, call
+):
     status, out, stderr = call(
         evaluate.main,
         *("--checkpoint", real_models[name], "--data", shared / data, "--predictions", tmp_path / "p.npz"),
+        *("--lowering", lowering),
         *("--expect-top1-correct", top1, "--expect-top5-correct", top5),
     )
     assert status == 0, stderr
@@ -204,6 +209,25 @@ def test_real_weights_give_the_reference_counts(name, data, images, top1, top5, 
     differences = np.abs(ours["logits"] - reference["logits"][order]).max(1)
     # torchvision's preprocessing ignores the EXIF orientation, which one image has.
     assert (differences > 1e-3).sum() == (1 if (name, data) == ("torchvision", "imagenet-original") else 0)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("data", "figures"),
+    [
+        ("imagenet-val227", {"images": 650, "top1_correct": 466, "top5_correct": 592}),
+        ("imagenet-original", {"images": 201, "top1_correct": 161, "top5_correct": 189}),
+    ],
+)
+def test_the_planar_lowering_gives_the_reference_counts_with_its_batch_norm_as_trained_too(
+    data, figures, real_models, shared
+):
+    module, variables, info = load_model(real_models["mmpretrain"], lowering="planar")
+    source = open_source(shared / data, classes=tuple(imagenet_classes()))
+    step = parallel.map_eval_step(partial(eval_step, module, info.preprocess), jax.devices()[:1])
+    batches = eval_batches(source, info.preprocess, batch_size=16)
+    found, _ = evaluate_all(step, parallel.replicate(variables, jax.devices()[:1]), batches)
+    assert found | figures == found
 
 
 @pytest.mark.real_data
