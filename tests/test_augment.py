@@ -99,6 +99,16 @@ def test_the_fast_crop_shows_the_same_part(size, orientation, preprocess):
     assert (halved > 0) == (size[0] == 900)
 
 
+@pytest.mark.parametrize("stored", [0, 9, 300])
+def test_an_orientation_that_does_not_exist_counts_as_upright(stored):
+    exif = Image.Exif()
+    exif[transforms.ORIENTATION] = stored
+    data = picture(300, 400)
+    expected, seen = (row(jpeg(data, **kind), 3, transform="fast")["images"] for kind in ({}, {"exif": exif}))
+    assert_array_equal(seen, expected)
+    assert transforms._orientation_in({transforms.ORIENTATION: "turned"}) == 1  # Damage may change the type too.
+
+
 def test_flips_are_drawn_on_the_host_and_done_on_the_device():
     data = picture(224, 224)
     drawn = [row(data, seed, crop="center", flip=True)["flip"] for seed in range(400)]

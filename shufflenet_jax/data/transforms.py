@@ -102,7 +102,7 @@ def _require_whole(data):
     if not data.startswith(JPEG):
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            return opened.size[::-1], opened.getexif().get(ORIENTATION, 1)
+            return opened.size[::-1], _orientation_in(opened.getexif())
     size, orientation = (0, 0), 1
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
@@ -131,7 +131,12 @@ def _orientation(segment):
     exif = Image.Exif()
     with contextlib.suppress(SyntaxError, OSError, ValueError, struct.error):
         exif.load(segment)
-    return exif.get(ORIENTATION, 1)
+    return _orientation_in(exif)
+
+
+def _orientation_in(exif):
+    """1 to 8; damaged EXIF holds anything."""
+    return found if (found := exif.get(ORIENTATION)) in range(1, 9) else 1
 
 
 def to_channels(pixels, channels):
