@@ -119,31 +119,30 @@ def _arrange(module, folded):
     """Folded parameters with input channels in the order in which `_apply_planar` has them."""
     params = jax.tree.map(np.asarray, folded)
 
-    def reorder(layer, order):
-        conv = params[layer[0]][layer[1]]["conv"] if isinstance(layer, tuple) else params[layer]["conv"]
-        conv["kernel"] = conv["kernel"][:, :, order]
+    def reorder(layer, order, axis=-2):
+        layer["conv"]["kernel"] = np.take(layer["conv"]["kernel"], order, axis)
 
     def skip_bias(unit, depthwise, following):
         # No ReLU lies between: the bias of a depthwise convolution may as well be added behind the next one.
-        conv = params[unit][following]["conv"]
-        conv["bias"] = conv["bias"] + params[unit][depthwise]["conv"].pop("bias") @ conv["kernel"][0, 0]
+        conv = unit[following]["conv"]
+        conv["bias"] = conv["bias"] + unit[depthwise]["conv"].pop("bias") @ conv["kernel"][0, 0]
 
     order = None
     for stage, steps, positions in list(_plans(module, params)):
-        first = f"{stage}_unit0"
+        first = params[f"{stage}_unit0"]
         skip_bias(first, "left_dw", "left_pw")
         skip_bias(first, "right_dw", "right_pw2")
         if order is not None:
-            reorder((first, "right_pw1"), order)
-            reorder((first, "left_pw"), order)
-            left_dw = params[first]["left_dw"]["conv"]
-            left_dw["kernel"] = left_dw["kernel"][..., order]
+            reorder(first["right_pw1"], order)
+            reorder(first["left_dw"], order, axis=-1)
+            reorder(first["left_pw"], order)
         for index, step in enumerate(steps, start=1):
-            skip_bias(f"{stage}_unit{index}", "right_dw", "right_pw2")
-            reorder((f"{stage}_unit{index}", "right_pw1"), step.order)
+            unit = params[f"{stage}_unit{index}"]
+            skip_bias(unit, "right_dw", "right_pw2")
+            reorder(unit["right_pw1"], step.order)
         order = positions
     if module.conv5:
-        reorder("conv5", order)
+        reorder(params["conv5"], order)
     return params
 
 

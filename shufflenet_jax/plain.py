@@ -55,8 +55,13 @@ def batch_norm(x, scale, bias, *, epsilon, relu):
 
 def normalize(x, mean, var, scale, bias, *, epsilon, relu):
     """`(x - mean) / sqrt(var + epsilon) * scale + bias` channel by channel, at least in float32, and ReLU."""
+    return normalize_by(*map(per_channel, (mean, var, scale, bias)), x, epsilon=epsilon, relu=relu)
+
+
+def normalize_by(mean, var, scale, bias, x, *, epsilon, relu):
+    """The same in any layout: the vectors already have shapes that meet x."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    mean, var, scale, bias = (per_channel(vector.astype(wide)) for vector in (mean, var, scale, bias))
+    mean, var, scale, bias = (vector.astype(wide) for vector in (mean, var, scale, bias))
     y = ((x.astype(wide) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
     return jax.nn.relu(y) if relu else y
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from . import plain
+
 CHANNELS = 0
 FEW = 8  # Images: with fewer, the stem's views are no long rows of numbers, and one matrix product is faster.
 PIXELS = (1, 2, 3)  # The axes H, W and N.
@@ -63,10 +65,7 @@ def batch_norm(x, scale, bias, *, epsilon, relu):
 
 def normalize(x, mean, var, scale, bias, *, epsilon, relu):
     """`plain.normalize` in this layout."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    mean, var, scale, bias = (per_channel(vector.astype(wide)) for vector in (mean, var, scale, bias))
-    y = ((x.astype(wide) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
-    return jax.nn.relu(y) if relu else y
+    return plain.normalize_by(*map(per_channel, (mean, var, scale, bias)), x, epsilon=epsilon, relu=relu)
 
 
 @jax.custom_vjp
@@ -76,7 +75,7 @@ def max_pool(x):
 
 
 def _largest(x):
-    return jax.tree.reduce(lax.max, [tap for _, _, tap in taps(pad(x, -jnp.inf), 2, x.shape)])
+    return jax.tree.reduce(lax.max, [tap for _, _, tap in _taps(_pad(x, -jnp.inf), 2, x.shape)])
 
 
 def _max_pool_forward(x):
@@ -87,7 +86,7 @@ def _max_pool_forward(x):
 def _largest_and_place(x):
     # The place of the largest value in each window, the first of equals, as in PyTorch: a byte an output.
     largest = place = None
-    for row, column, tap in taps(pad(x, -jnp.inf), 2, x.shape):
+    for row, column, tap in _taps(_pad(x, -jnp.inf), 2, x.shape):
         if place is None:
             largest, place = tap, jnp.zeros(tap.shape, jnp.uint8)
         else:
@@ -122,7 +121,7 @@ def _stem(x, kernel, stride):
     """
     if x.shape[-1] >= FEW:
         return _sum_of_views(x, kernel, stride)
-    views = jnp.concatenate([tap for _, _, tap in taps(pad(x), stride, x.shape)])  # (9 I, H', W', N)
+    views = jnp.concatenate([tap for _, _, tap in _taps(_pad(x), stride, x.shape)])  # (9 I, H', W', N)
     return _product(kernel.reshape(len(views), -1), views)
 
 
@@ -151,7 +150,7 @@ def _sum_of_views(x, kernel, stride):
 
 def _views(x, stride):
     """((row, column, input channel), view (1, H', W', N)) for each tap and channel, in the kernel's order."""
-    for row, column, tap in taps(pad(x), stride, x.shape):
+    for row, column, tap in _taps(_pad(x), stride, x.shape):
         for channel in range(x.shape[0]):
             yield (row, column, channel), tap[channel : channel + 1]
 
@@ -166,8 +165,8 @@ def _sum_of_taps(x, kernel, stride):
     # bfloat16 sums would lose digits at every tap; the wider sum costs nothing inside XLA's fusion.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = kernel.astype(wide)
-    met = taps(pad(x), stride, x.shape)
-    return sum(tap.astype(wide) * per_channel(weights[row, column]) for row, column, tap in met).astype(x.dtype)
+    taps = _taps(_pad(x), stride, x.shape)
+    return sum(tap.astype(wide) * per_channel(weights[row, column]) for row, column, tap in taps).astype(x.dtype)
 
 
 def _depthwise_forward(x, kernel, stride):
@@ -177,7 +176,7 @@ def _depthwise_forward(x, kernel, stride):
 def _depthwise_backward(stride, saved, dy):
     x, kernel = saved
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in taps(pad(x), stride, x.shape)]
+    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in _taps(_pad(x), stride, x.shape)]
     dkernel = jnp.stack(_sums(products)).reshape(kernel.shape).astype(kernel.dtype)
     if stride == 1:
         return _depthwise(dy, kernel[::-1, ::-1], 1), dkernel
@@ -268,7 +267,7 @@ def _matmul(weights, x, axis):
     return lax.dot_general(weights, _rows(x), (((axis,), (0,)), ((), ())))
 
 
-def pad(x, value=0.0):
+def _pad(x, value=0.0):
     """A pixel more on every side."""
     # The function of `lax`: that of `jnp` is a program of its own, which `_apart` would set apart too.
     return lax.pad(x, jnp.array(value, x.dtype), ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
@@ -279,7 +278,7 @@ def _pad_behind(x, value=0):
     return jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=value)
 
 
-def taps(padded, stride, shape):
+def _taps(padded, stride, shape):
     """(row, column, view) for each tap of a 3x3 kernel: what it meets at each output pixel of an input's shape."""
     height, width = (stride * ((length - 1) // stride) + 1 for length in shape[1:3])
     for row in range(3):
