@@ -29,7 +29,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from ..errors import InputError
 from .labels import imagenet_classes
 from .sources import IMAGE_SUFFIXES
-from .transforms import ORIENTATION, decode
+from .transforms import ORIENTATION, damage_named, decode, orientation_in
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # Records are read one by one, and JPEGs do not shrink further.
@@ -204,7 +204,7 @@ def shrink(data, short_edge, quality, name):
             return data
         size = [short_edge if side == short else int(short_edge * side / short) for side in image.size]
         exif = Image.Exif()
-        if (orientation := image.getexif().get(ORIENTATION, 1)) != 1:
+        if (orientation := orientation_in(image.getexif())) != 1:
             exif[ORIENTATION] = orientation
         resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
@@ -218,12 +218,8 @@ def stored_bytes(entry, options):
     if options.short_edge is None:
         decode(data, "pillow", entry.name)
         return data
-    try:
+    with damage_named(entry.name):
         return shrink(data, options.short_edge, options.quality, entry.name)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"image {entry.name} is damaged or not an image ({error}); repair or remove it") from error
 
 
 def image_records(entries, classes, options, damaged):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from .transforms import ORIENTATION, decode
+from .transforms import decode, orientation_in
 
 AHEAD = 64  # Images under way at a time, for each thread.
 
@@ -73,7 +73,7 @@ def examine(source, index):
             )
         decode(example.image, "cv2", example.name)
         with Image.open(io.BytesIO(example.image)) as image:
-            turned = image.getexif().get(ORIENTATION, 1)
+            turned = orientation_in(image.getexif())
             digest = hashlib.sha256(example.image).digest()
             return Facts(example.name, example.label, None, image.mode, image.size, turned, digest)
     except InputError as error:

@@ -42,7 +42,7 @@ def pixels_of(image, preprocess, name="image"):
 
 def decode(data, decoder, name="image"):
     """Encoded bytes to a uint8 array (H, W, 3) in RGB. Raises InputError naming the image when they are damaged."""
-    with _damage_named(name):
+    with damage_named(name):
         if decoder == "cv2":
             _require_whole(data)
             return _decode_opencv(data, oriented=True)
@@ -62,7 +62,7 @@ def decode_fast(data, decoder, choose, name="image"):
       (uint8 (H, W, 3) in RGB, whether it is halved, what else `choose` returned).
     """
     oriented = decoder == "cv2"
-    with _damage_named(name):
+    with damage_named(name):
         stored, orientation = _require_whole(data)
         orientation = orientation if oriented else 1
         half, chosen = choose(*(stored[::-1] if orientation >= 5 else stored))
@@ -76,10 +76,12 @@ def decode_fast(data, decoder, choose, name="image"):
 
 
 @contextlib.contextmanager
-def _damage_named(name):
+def damage_named(name):
     """Turns what the decoders raise into one error that names the image."""
     try:
         yield
+    except InputError:
+        raise  # A ValueError too, which names the image already.
     except (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0].split(" <_io")[0] if str(error) else type(error).__name__
         raise InputError(f"image {name} is damaged or not an image ({reason}); repair or remove it") from error
@@ -102,7 +104,7 @@ def _require_whole(data):
     if not data.startswith(JPEG):
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            return opened.size[::-1], _orientation_in(opened.getexif())
+            return opened.size[::-1], orientation_in(opened.getexif())
     size, orientation = (0, 0), 1
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
@@ -131,10 +133,10 @@ def _orientation(segment):
     exif = Image.Exif()
     with contextlib.suppress(SyntaxError, OSError, ValueError, struct.error):
         exif.load(segment)
-    return _orientation_in(exif)
+    return orientation_in(exif)
 
 
-def _orientation_in(exif):
+def orientation_in(exif):
     """1 to 8; damaged EXIF holds anything."""
     return found if (found := exif.get(ORIENTATION)) in range(1, 9) else 1
 
