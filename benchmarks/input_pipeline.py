@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import machine
 
 SETS = ("original", "short edge 256")
 OURS = [
@@ -133,13 +134,6 @@ def show(rates, with_tf):
         two, one = (medians[f"ours, fast, {count}", where] for count in ("2 workers", "1 worker"))
         print(f"\n{where}: two workers give {two / one:.2f} times one", end="")
     print()
-
-
-def machine():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    model = next(named, platform.processor())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
 def child(kind, spec, home, seconds):
