@@ -249,14 +249,15 @@ def jax_step(name, batch, dtype, resolution, width, _):
     from shufflenet_jax.config import TrainConfig
 
     module, variables = converted(width, dtype, name != "ours")
-    config = TrainConfig(data="none")
+    config = TrainConfig(data="none", batch_size=batch, bn_group_size=0, accumulate=1)
     device = jax.local_devices()[:1]
+    layout = parallel.plan_batch(config, device)
     state = training.create_state(module, training.make_optimizer(config, 1000), variables)
     state = parallel.replicate(state, device)
-    step = parallel.map_train_step(partial(training.train_step, module, config.preprocess, 0), device)
+    step = parallel.map_train_step(partial(training.train_step, module, config.preprocess, config, layout), device)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, resolution, resolution, 3), dtype=np.uint8)
-    (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], device)
+    (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], layout, device)
 
     def call():
         nonlocal state

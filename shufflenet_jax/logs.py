@@ -38,20 +38,27 @@ class Meter:
     """Averages what the steps report, and their speed, since the last look; reads from the device only then."""
 
     def __init__(self):
-        self._steps, self._images, self._start = [], 0, time.perf_counter()
+        self._steps, self._start = [], time.perf_counter()
 
-    def add(self, metrics, images):
-        self._steps.append(metrics)
-        self._images += images
+    def add(self, step, metrics, images):
+        self._steps.append((step, metrics, images))
 
     def take(self):
-        """{name: mean} and images_per_second since the last call, or None if there was no step."""
+        """{name: mean over the images} and images_per_second since the last call, or None if there was no step.
+
+        Raises:
+          FloatingPointError: a figure is not finite; its argument is the first such step.
+        """
         if not self._steps:
             return None
-        columns = {key: [np.asarray(step[key]) for step in self._steps] for key in self._steps[0]}
-        means = {key: float(np.mean(column)) for key, column in columns.items()}
-        rate = self._images / (time.perf_counter() - self._start)
+        numbers, metrics, images = zip(*self._steps, strict=True)
+        columns = {key: np.array([np.asarray(step[key]) for step in metrics]) for key in metrics[0]}
+        sound = np.all([np.isfinite(column) for column in columns.values()], axis=0)
+        if not sound.all():
+            raise FloatingPointError(numbers[int(np.argmin(sound))])
+        rate = sum(images) / (time.perf_counter() - self._start)
         self.restart()
+        means = {key: float(np.average(column, weights=images)) for key, column in columns.items()}
         return {**means, "images_per_second": rate}
 
     def restart(self):

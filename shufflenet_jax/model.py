@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from . import ops
 from .errors import InputError
+from .rows import Rows
 
 CHANNELS = {  # width: output channels of stage2, stage3, stage4, conv5
     0.5: (48, 96, 192, 1024),
@@ -61,7 +62,7 @@ class BatchNorm(nn.Module):
     lowering: str = "plain"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, rows):
         lower = ops.resolve(self.lowering)
         channels, dtype = (x.shape[lower.CHANNELS],), _stored(x.dtype)
         scale = self.param("scale", nn.initializers.ones, channels, dtype)
@@ -72,14 +73,12 @@ class BatchNorm(nn.Module):
         if not self.train:
             return lower.normalize(x, running_mean.value, running_var.value, scale, bias, **common)
 
-        x, mean, var = lower.batch_norm(x, scale, bias, **common)
+        if rows.spans is None and x.size // channels[0] < 2:
+            raise InputError("batch norm needs more than one value per channel to train: enlarge the batch")
+        x, mean, var = lower.batch_norm(x, scale, bias, rows, **common)
         if not self.is_initializing():
-            count = x.size // channels[0]
-            if count < 2:
-                raise InputError("batch norm needs more than one value per channel to train: enlarge the batch")
-            unbiased = var * (count / (count - 1))
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
-            running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * unbiased
+            running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
         return x
 
 
@@ -98,7 +97,7 @@ class ConvBN(nn.Module):
     stddev: float | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, rows):
         conv = Conv(
             self.features,
             self.size,
@@ -112,7 +111,7 @@ class ConvBN(nn.Module):
         )
         if self.folded:
             return nn.relu(conv(x)) if self.relu else conv(x)
-        return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x))
+        return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x), rows)
 
 
 class Unit(nn.Module):
@@ -131,7 +130,7 @@ class Unit(nn.Module):
     folded: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, rows):
         layer = partial(ConvBN, train=self.train, dtype=self.dtype, lowering=self.lowering, folded=self.folded)
         axis = ops.resolve(self.lowering).CHANNELS
         inputs = x.shape[axis]
@@ -139,14 +138,14 @@ class Unit(nn.Module):
         if self.stride == 2:
             left_features = inputs if self.layout == "megvii" else middle
             left = right = x
-            left = layer(inputs, 3, stride=2, groups=inputs, relu=False, name="left_dw")(left)
-            left = layer(left_features, 1, name="left_pw")(left)
+            left = layer(inputs, 3, stride=2, groups=inputs, relu=False, name="left_dw")(left, rows)
+            left = layer(left_features, 1, name="left_pw")(left, rows)
         else:
             left, right = ops.split_even_odd(x, axis=axis) if self.layout == "megvii" else jnp.split(x, 2, axis=axis)
 
-        right = layer(middle, 1, name="right_pw1")(right)
-        right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right)
-        right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right)
+        right = layer(middle, 1, name="right_pw1")(right, rows)
+        right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right, rows)
+        right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right, rows)
         x = jnp.concatenate([left, right], axis=axis)
         return x if self.layout == "megvii" else ops.channel_shuffle(x, axis=axis)
 
@@ -157,6 +156,7 @@ class ShuffleNetV2(nn.Module):
     Images are (B, H, W, in_chans) floats of any resolution, normalised as the weights expect. Logits are
     (B, num_classes), at least float32. Features are a dict of every stage's output at a 1/4, 1/8, 1/16 and 1/32 of the
     input's resolution, and `pooled` (B, conv5's channels); those of layers which the module lacks are missing.
+    `rows`, a Rows, says which images share batch statistics in training; by default all do.
     """
 
     width: float = 1.0  # 0.5, 1.0, 1.5 or 2.0: the column of the paper's table 5.
@@ -172,7 +172,7 @@ class ShuffleNetV2(nn.Module):
     remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
 
     @nn.compact
-    def __call__(self, images, *, train=False):
+    def __call__(self, images, *, train=False, rows=None):
         if self.width not in CHANNELS or self.layout not in LAYOUTS:
             raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}")
         if self.num_classes and not self.conv5:
@@ -186,21 +186,21 @@ class ShuffleNetV2(nn.Module):
         common = {"train": train, "dtype": self.dtype, "lowering": self.lowering, "folded": self.folded}
         unit = nn.remat(Unit) if self.remat else Unit
         lower = ops.resolve(self.lowering)
-        features = {}
+        features, rows = {}, rows or Rows()
 
         x = lower.enter(images.astype(self.dtype))
-        x = ConvBN(STEM_CHANNELS, 3, stride=1 if self.small_stem else 2, stddev=0.01, name="conv1", **common)(x)
+        x = ConvBN(STEM_CHANNELS, 3, stride=1 if self.small_stem else 2, stddev=0.01, name="conv1", **common)(x, rows)
         x = x if self.small_stem else lower.max_pool(x)
         features["stem"] = lower.leave(x)  # (B, H/4, W/4, 24)
         for (stage, units), channels in zip(UNITS.items(), stage_channels, strict=True):
             for index in range(units):
                 stride = 2 if index == 0 else 1
-                x = unit(channels, stride, self.layout, name=f"{stage}_unit{index}", **common)(x)
+                x = unit(channels, stride, self.layout, name=f"{stage}_unit{index}", **common)(x, rows)
             features[stage] = lower.leave(x)  # (B, H/8 ... H/32, W/8 ... W/32, channels)
         if not self.conv5:
             return None, features
 
-        x = ConvBN(conv5_channels, 1, name="conv5", **common)(x)
+        x = ConvBN(conv5_channels, 1, name="conv5", **common)(x, rows)
         features["conv5"] = lower.leave(x)
         stored = _stored(self.dtype)
         features["pooled"] = x = lower.global_mean(x.astype(stored))  # (B, conv5's channels)

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .errors import InputError
-from .training import AXIS
+from .rows import AXIS, plan_layout
+
+# Images of 224 x 224 that a device trains on at a time: activations take some 30 MB each.
+CPU_ROWS, ACCELERATOR_ROWS = 64, 256
 
 
 def replicate(tree, devices=None):
@@ -28,21 +30,30 @@ def map_train_step(step, devices=None):
     return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
 
-def require_divisible(batch_size, devices=None):
-    """Raises InputError if the devices cannot take equal shares of a batch."""
-    count = len(devices or jax.local_devices())
-    if batch_size % count:
-        raise InputError(f"batch_size is {batch_size}, but must be a multiple of the {count} devices")
+def plan_batch(config, devices=None):
+    """The Layout of a TrainConfig's batches on the devices. Raises InputError if they cannot share them."""
+    count = len(devices or jax.devices())
+    most = rows_that_fit(config.image_size)
+    return plan_layout(config.batch_size, config.bn_group_size, count, parts=config.accumulate, most=most)
 
 
-def feed(batches, devices=None, *, ahead=2):
-    """Host batches, {name: (B, ...)}, as {name: (devices, B / devices, ...)} on the devices, copied ahead of use."""
+def rows_that_fit(image_size):
+    """How many images of a size, in pixels, a device should train on at a time."""
+    rows = CPU_ROWS if jax.default_backend() == "cpu" else ACCELERATOR_ROWS
+    return max(1, int(rows * (224 / image_size) ** 2))
+
+
+def feed(batches, layout, devices=None, *, ahead=2):
+    """Host batches, {name: (B, ...)}, as {name: (devices, parts, rows, ...)} on the devices, copied ahead of use."""
     devices = devices or jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+    def dealt(column):
+        return column.reshape(layout.parts, len(devices), layout.rows, *column.shape[1:]).swapaxes(0, 1)
+
     waiting = deque()
     for batch in batches:
-        require_divisible(len(batch["labels"]), devices)
-        waiting.append(jax.device_put(_split(batch, len(devices)), sharding))
+        waiting.append(jax.device_put({key: dealt(column) for key, column in batch.items()}, sharding))
         if len(waiting) > ahead:
             yield waiting.popleft()
     yield from waiting

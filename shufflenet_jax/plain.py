@@ -39,18 +39,29 @@ def conv(x, kernel, *, stride=1, groups=1):
     )
 
 
-def batch_norm(x, scale, bias, *, epsilon, relu):
-    """Batch norm by the statistics of the batch, and ReLU where asked for.
+def batch_norm(x, scale, bias, rows, *, epsilon, relu):
+    """Batch norm by the statistics of each image's group, and ReLU where asked for.
 
+    Args:
+      x: (B, H, W, C).
+      scale, bias: (C,).
+      rows: a Rows: which images are a group.
     Returns:
-      (like x, mean, biased variance), the last two (C,), at least in float32 and without gradients of their own; two
-      passes, as exact as PyTorch's.
+      (like x, mean, unbiased variance), the last two (C,), the means over the groups, at least in float32 and without
+      gradients of their own; two passes, as exact as PyTorch's.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = wide.mean((0, 1, 2))
-    var = jnp.square(wide - per_channel(mean)).mean((0, 1, 2))
-    y = normalize(x, mean, var, scale, bias, epsilon=epsilon, relu=relu)
-    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
+    count = rows.totals(jnp.full((x.shape[0], 1), x.shape[1] * x.shape[2], wide.dtype), 0)
+    mean = rows.totals(wide.sum((1, 2)), 0) / count
+    var = rows.totals(jnp.square(wide - mean[:, None, None]).sum((1, 2)), 0) / count
+    vectors = mean[:, None, None], var[:, None, None], per_channel(scale), per_channel(bias)
+    y = normalize_by(*vectors, x, epsilon=epsilon, relu=relu)
+    return y, *lax.stop_gradient((mean.mean(0), unbiased(var, count).mean(0)))
+
+
+def unbiased(var, count):
+    """A variance as it would be over one value fewer, which is what PyTorch keeps."""
+    return var * (count / (count - 1))
 
 
 def normalize(x, mean, var, scale, bias, *, epsilon, relu):

@@ -57,10 +57,15 @@ def conv(x, kernel, *, stride=1, groups=1):
     raise ValueError(f"no planar convolution for a kernel {kernel.shape} with {groups} groups")
 
 
-def batch_norm(x, scale, bias, *, epsilon, relu):
-    """Batch norm by the statistics of the batch, and ReLU where asked for; `plain.batch_norm` in this layout."""
-    y, mean, var = _batch_norm(x, scale, bias, epsilon, relu)
-    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
+def batch_norm(x, scale, bias, rows, *, epsilon, relu):
+    """Batch norm by the statistics of each image's group; `plain.batch_norm` in this layout."""
+    if rows.plain:
+        y, mean, var = _batch_norm(x, scale, bias, epsilon, relu)
+        var = plain.unbiased(var, x.size // x.shape[0])
+    else:
+        y, means, variances, count = _grouped_batch_norm(x, scale, bias, rows, epsilon, relu)
+        mean, var = means.mean(1), plain.unbiased(variances, count).mean(1)
+    return y, *lax.stop_gradient((mean, var))
 
 
 def normalize(x, mean, var, scale, bias, *, epsilon, relu):
@@ -239,6 +244,47 @@ def _batch_norm_backward(epsilon, relu, saved, cotangents):
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped_batch_norm(x, scale, bias, rows, epsilon, relu):
+    """(like x, mean, biased variance, values a group), the last three (C, N) or (1, N): those of each image's group."""
+    return _grouped_batch_norm_forward(x, scale, bias, rows, epsilon, relu)[0]
+
+
+def _grouped_batch_norm_forward(x, scale, bias, rows, epsilon, relu):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    count = rows.totals(jnp.full((1, x.shape[3]), x.shape[1] * x.shape[2], wide.dtype), 1)
+    mean = rows.totals(wide.sum((1, 2)), 1) / count
+    var = rows.totals(jnp.square(wide - _per_image(mean)).sum((1, 2)), 1) / count
+    vectors = _per_image(mean), _per_image(var), per_channel(scale), per_channel(bias)
+    y = plain.normalize_by(*vectors, x, epsilon=epsilon, relu=relu)
+    return (y, mean, var, count), (x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale, rows, count)
+
+
+def _grouped_batch_norm_backward(epsilon, relu, saved, cotangents):
+    x, y, mean, inverse, scale, rows, count = saved
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dy = cotangents[0].astype(wide)
+    if relu:
+        dy = jnp.where(y > 0, dy, 0)
+    centred = x.astype(wide) - _per_image(mean)
+    dbias, product = dy.sum((1, 2)), (dy * centred).sum((1, 2))
+    # Padding has no part in the statistics, and so gets nothing back through them.
+    share = (1 if rows.mask is None else rows.mask.astype(wide)[None]) / count
+    slope = rows.totals(product, 1) * share * inverse**3 * scale[:, None]
+    level = rows.totals(dbias, 1) * share
+    dx = (dy - _per_image(level)) * _per_image(inverse * scale[:, None]) - centred * _per_image(slope)
+    dscale = (product * inverse).sum(1)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.sum(1).astype(scale.dtype), None
+
+
+_grouped_batch_norm.defvjp(_grouped_batch_norm_forward, _grouped_batch_norm_backward)
+
+
+def _per_image(values):
+    """A value a channel and image, ready to meet (C, H, W, N)."""
+    return values[:, None, None]
 
 
 def _sums(arrays):

@@ -263,14 +263,17 @@ def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
     }  # fmt: skip
     rows = read_rows(trained)
     assert all(
-        set(row) == {"step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second"} for row in rows
+        set(row) == {"step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second", "grad_norm"}
+        for row in rows
     )
     assert [(row["step"], row["split"]) for row in rows] == [
         (10, "train"), (20, "train"), (23, "train"), (23, "eval"),
-        (30, "train"), (40, "train"), (44, "train"), (44, "eval"),
+        (30, "train"), (40, "train"), (46, "train"), (46, "eval"),
     ]  # fmt: skip
-    assert rows[-2]["loss"] < rows[0]["loss"] and rows[0]["lr"] == pytest.approx(0.1 * (44 - 9) / 44)
-    assert json.loads((trained / "config.json").read_text())["epochs"] == 2
+    assert rows[-2]["loss"] < rows[0]["loss"] and rows[0]["lr"] == pytest.approx(0.1 * (46 - 9) / 46)
+    record = json.loads((trained / "config.json").read_text())
+    assert record["settings"]["epochs"] == 2 and record["versions"]["jax"] == jax.__version__
+    assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
     with Image.open(trained / "curves.png") as picture:
         assert picture.size[0] > 1000
 
@@ -300,10 +303,10 @@ def state_of(workdir, step):
 def test_the_same_command_resumes_with_the_same_numbers(trained, tmp_path, call):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    shutil.rmtree(workdir / "checkpoints/44")  # As if the run had been stopped after its first checkpoint.
+    shutil.rmtree(workdir / "checkpoints/46")  # As if the run had been stopped after its first checkpoint.
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
     assert status == 0 and "going on after step 23" in stderr
-    for ours, theirs in zip(*map(jax.tree.leaves, (state_of(workdir, 44), state_of(trained, 44))), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (state_of(workdir, 46), state_of(trained, 46))), strict=True):
         assert_array_equal(ours, theirs)
 
     def timeless(workdir):
@@ -357,13 +360,28 @@ def test_a_folder_that_is_no_training_is_left_alone(ten_classes, tmp_path, refus
     assert len(list((tmp_path / "model").iterdir())) == 2
 
 
-def test_a_run_that_never_saved_anything_may_change_its_settings(tmp_path, call, refused):
-    argv = ("--config", "digits", "--image-size", 8, "--batch-size", 4, "--epochs", 1, "--workdir", tmp_path / "run")
-    assert "more than one value" in refused(train.main, *argv)
+def test_a_run_that_never_saved_anything_may_change_its_settings(tmp_path):
+    argv = (*TINY, "--learning-rate", 1e30, "--log-every", 3, "--workdir", tmp_path / "run")
+    with pytest.raises(InputError, match=r"not finite at step .*; no checkpoint was saved yet"):
+        train.main(list(map(str, argv)))
     info = tmp_path / "run/model.json"
     info.unlink()  # As if it had been stopped between its two files.
-    assert "more than one value" in refused(train.main, *argv, "--width", 1.0)
-    assert json.loads(info.read_text())["width"] == 1.0
+    with pytest.raises(InputError, match="not finite at step"):
+        train.main(list(map(str, (*argv, "--dropout", 0.5))))
+    assert json.loads(info.read_text())["dropout"] == 0.5
+
+
+def test_a_last_batch_too_small_for_batch_statistics_is_refused_before_anything_is_written(tmp_path, refused):
+    argv = ("--config", "digits", "--image-size", 8, "--bn-group-size", 2)
+    assert "change batch_size" in refused(train.main, *argv, "--workdir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_that_do_not_divide_a_batch_are_refused(tmp_path, refused):
+    argv = (*TINY, "--bn-group-size", 24, "--workdir", tmp_path / "run")
+    assert "multiple of bn_group_size, 24" in refused(train.main, *argv)
+    argv = (*TINY, "--batch-size", 96, "--bn-group-size", 32, "--accumulate", 1, "--workdir", tmp_path / "run")
+    assert "whole groups of 32" in refused(train.main, *argv)
 
 
 def test_a_short_training_learns_the_digits(tmp_path, call):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from shufflenet_jax import ops, plain, planar
+from shufflenet_jax import ops, plain, planar, rows
 
 SIZES = [(8, 8), (7, 9), (1, 5), (2, 1)]
 
@@ -66,7 +66,7 @@ def test_convolutions_and_their_gradients_are_pytorchs(x64, kernel, groups, size
 @pytest.mark.parametrize("relu", [False, True])
 def test_batch_norm_and_its_gradients_are_pytorchs(x64, relu, lower):
     x, scale, bias = normal(3, 5, 4, 6) + 2, normal(6, seed=1), normal(6, seed=2)
-    ours, pull = run(lower, lambda low, *a: low.batch_norm(*a, epsilon=1e-5, relu=relu)[0], x, scale, bias)
+    ours, pull = run(lower, lambda low, *a: low.batch_norm(*a, rows.Rows(), epsilon=1e-5, relu=relu)[0], x, scale, bias)
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x.transpose(0, 3, 1, 2), scale, bias)]
     theirs = torch.nn.functional.batch_norm(tensors[0], None, None, *tensors[1:], training=True)
     theirs = theirs.relu() if relu else theirs
@@ -80,6 +80,39 @@ def test_batch_norm_and_its_gradients_are_pytorchs(x64, relu, lower):
         assert_allclose(ours, tensor.grad.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("lower", [planar, plain])
+@pytest.mark.parametrize("relu", [False, True])
+def test_groups_have_statistics_of_their_own_and_padding_has_no_part_in_them(x64, relu, lower):
+    """Two groups of four rows, of which three are real: as if each group's three had been alone."""
+    x, scale, bias = normal(8, 5, 4, 6) + 2, normal(6, seed=1), normal(6, seed=2)
+    real = np.tile(np.arange(4) < 3, 2)
+    cotangent = normal(8, 5, 4, 6, seed=3) * real[:, None, None, None]
+    split = rows.Rows(size=4, mask=np.float32(real))
+    found = {}
+
+    def together(low, *arrays):
+        y, *found["statistics"] = low.batch_norm(*arrays, split, epsilon=1e-5, relu=relu)
+        return y
+
+    ours, pull = run(lower, together, x, scale, bias)
+    statistics, gradients = found["statistics"], pull(cotangent)
+    alone = []
+    for group in (slice(0, 3), slice(4, 7)):
+
+        def one(low, *arrays):
+            y, *found["statistics"] = low.batch_norm(*arrays, rows.Rows(), epsilon=1e-5, relu=relu)
+            return y
+
+        theirs, pull = run(plain, one, x[group], scale, bias)
+        assert_allclose(ours[group], theirs, atol=1e-12)  # Sums of 60 values in another order.
+        alone.append((found["statistics"], pull(cotangent[group])))
+        assert_allclose(gradients[0][group], alone[-1][1][0], atol=1e-12)
+    for i in (0, 1):
+        assert_allclose(statistics[i], (alone[0][0][i] + alone[1][0][i]) / 2, atol=1e-12)
+        assert_allclose(gradients[i + 1], alone[0][1][i + 1] + alone[1][1][i + 1], atol=1e-11)
+    assert not np.asarray(gradients[0][~real]).any()
+
+
 @pytest.mark.parametrize(
     ("kernel", "stride", "groups"), [((3, 3, 1, 8), 1, 8), ((3, 3, 1, 8), 2, 8), ((1, 1, 8, 8), 1, 1)]
 )
@@ -88,9 +121,9 @@ def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups):
     scale = jnp.linspace(0.5, 2, 8)
 
     def layer(low, x, w):
-        return low.batch_norm(low.conv(x, w, stride=stride, groups=groups), scale, 0 * scale, epsilon=1e-5, relu=True)[
-            0
-        ]
+        return low.batch_norm(
+            low.conv(x, w, stride=stride, groups=groups), scale, 0 * scale, rows.Rows(), epsilon=1e-5, relu=True
+        )[0]
 
     (ours, pull_ours), (theirs, pull_theirs) = (run(lower, layer, x, weights) for lower in (planar, plain))
     assert ours.dtype == theirs.dtype == jnp.bfloat16

@@ -5,21 +5,25 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from shufflenet_jax import parallel
-from shufflenet_jax.errors import InputError
+from shufflenet_jax.rows import plan_layout
 
 BATCH = {"images": np.arange(24.0, dtype=np.float32).reshape(12, 2), "labels": np.arange(12)}
 
 
+def layout_of(count, parts=1):
+    return plan_layout(12, 0 if parts * count == 1 else 12 // (parts * count), count, parts=parts)
+
+
 def averaging_step(state, batch):
     total = jax.lax.pmean(batch["images"].sum(), parallel.AXIS)
-    return state + total, {"rows": jax.lax.psum(len(batch["labels"]), parallel.AXIS)}
+    return state + total, {"rows": jax.lax.psum(batch["labels"].size, parallel.AXIS)}
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_a_train_step_sees_each_row_on_one_device_and_leaves_equal_copies(count):
     devices = jax.devices()[:count]
     step = parallel.map_train_step(averaging_step, devices)
-    first, second = parallel.feed([BATCH, BATCH], devices)
+    first, second = parallel.feed([BATCH, BATCH], layout_of(count), devices)
     state, metrics = step(parallel.replicate(np.float32(1), devices), first)
     assert np.asarray(state) == 1 + BATCH["images"].sum() / count
     assert np.asarray(metrics["rows"]) == 12
@@ -29,9 +33,10 @@ def test_a_train_step_sees_each_row_on_one_device_and_leaves_equal_copies(count)
     assert np.asarray(state) == 1 + 2 * BATCH["images"].sum() / count
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="multiple of the 4 devices"):
-        next(parallel.feed([{key: value[:10] for key, value in BATCH.items()}], jax.devices()[:4]))
+def test_parts_are_dealt_out_in_order_each_over_all_devices():
+    fed = next(parallel.feed([BATCH], layout_of(2, parts=3), jax.devices()[:2]))
+    assert_array_equal(fed["labels"], [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]])
+    assert fed["images"].shape == (2, 3, 2, 2)
 
 
 def test_batches_are_fed_in_order_and_ahead_of_their_use():
@@ -42,8 +47,8 @@ def test_batches_are_fed_in_order_and_ahead_of_their_use():
             taken.append(number)
             yield {"labels": np.full(4, number)}
 
-    fed = parallel.feed(batches(), jax.devices()[:2], ahead=2)
-    assert np.array_equal(next(fed)["labels"], np.zeros((2, 2))) and taken == [0, 1, 2]
+    fed = parallel.feed(batches(), plan_layout(4, 2, 2), jax.devices()[:2], ahead=2)
+    assert np.array_equal(next(fed)["labels"], np.zeros((2, 1, 2))) and taken == [0, 1, 2]
     assert [int(batch["labels"].max()) for batch in fed] == [1, 2, 3, 4]
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -18,41 +20,50 @@ from ..errors import InputError
 from ..evaluation import eval_step, evaluate
 from ..files import written_aside
 from ..logs import Meter, MetricsLog
-from ..training import init_state, make_schedule, train_step
+from ..rows import Epoch
+from ..training import decay_table, init_state, make_schedule, train_step
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
-# A resumed run gives the same numbers whatever these say.
-FREE_TO_CHANGE = {"eval_batch_size", "keep", "workers", "max_damaged"}
+# A resumed run gives the same numbers whatever these say, up to rounding.
+FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "workers", "max_damaged"}
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # On which the numbers depend.
 
 
 def main(argv):
     config, workdir = parse(argv)
     jax.config.update("jax_enable_x64", config.dtype == "float64")
     train_source, eval_source = open_sources(config)
-    total_steps = max(1, config.epochs * len(train_source) // config.batch_size)
     info = describe(config, train_source)
-    parallel.require_divisible(config.batch_size)
+    layout = parallel.plan_batch(config)
+    epoch = Epoch(len(train_source), layout)
+    require_trainable(config, epoch)
+    total_steps = config.epochs * epoch.steps
     prepare_workdir(workdir, config, info)
 
     module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), lowering=config.lowering, remat=config.remat)
     evaluate_state = make_evaluate(module, config, eval_source)
-    step_fn = parallel.map_train_step(partial(train_step, module, config.preprocess, config.seed))
+    step_fn = parallel.map_train_step(partial(train_step, module, config.preprocess, config, layout))
 
     with checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints:
         state, start = resume(checkpoints, init_state(module, config, total_steps))
+        tell(f"{describe_run(config, epoch, total_steps)}\n{decay_table(state.params, config.decay)}")
         log = MetricsLog(workdir / "metrics.jsonl", last_step=start)
-        report = make_report(config, log, len(train_source), total_steps)
-        batches = train_batches(train_source, config, start_step=start, stop_step=total_steps, workers=config.workers)
-        batches = parallel.feed(without_damage(batches, config, len(train_source)))
-        evaluate_at = evaluation_steps(config, len(train_source), total_steps)
+        report = make_report(config, log, epoch.steps, total_steps)
+        batches = train_batches(
+            train_source, config, layout, start_step=start, stop_step=total_steps, workers=config.workers
+        )
+        batches = parallel.feed(without_damage(batches, config, len(train_source)), layout)
+        evaluate_at = range(config.eval_every * epoch.steps, total_steps, config.eval_every * epoch.steps)
         meter = Meter()
-        for step, batch in enumerate(shown(batches, config, start, total_steps), start=start + 1):
+        for step, batch in enumerate(shown(batches, epoch, start, total_steps), start=start + 1):
             state, metrics = step_fn(state, batch)
-            meter.add(metrics, config.batch_size)
+            meter.add(step, metrics, epoch.images(step - 1))
+            evaluating = step in evaluate_at or step == total_steps
             # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
-            if step % config.log_every == 0 or step in evaluate_at:
-                report(step, "train", meter.take())
-            if step in evaluate_at:
+            if step % config.log_every == 0 or evaluating:
+                report(step, "train", finite(meter, checkpoints))
+            if evaluating:
                 figures, _ = evaluate_state(state.variables)
                 report(step, "eval", figures)
                 checkpoints.save(step, jax.device_get(state.variables), jax.device_get(state.optimizer), figures)
@@ -120,16 +131,31 @@ def prepare_workdir(workdir, config, info):
             require_same_settings(workdir, settings, stored)
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"{workdir} exists and is no training of ours; choose another --workdir")
-    for path, text in ((stored, json.dumps(settings, indent=2) + "\n"), (workdir / checkpoint.INFO, info.to_json())):
+    record = {"settings": settings, "versions": {name: version(name) for name in LIBRARIES}, "commit": commit()}
+    for path, text in ((stored, json.dumps(record, indent=2) + "\n"), (workdir / checkpoint.INFO, info.to_json())):
         with written_aside(path) as draft:
             draft.write_text(text, encoding="utf-8")
+
+
+def commit():
+    """The commit of the checkout that this code runs from, with a `+` where it was changed since, or None."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def require_same_settings(workdir, settings, stored):
     """Raises InputError if the run in a workdir has other settings that change its numbers."""
     try:
-        before = dict(json.loads(stored.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        before = dict(json.loads(stored.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{stored} is damaged: {error}; choose another --workdir") from error
     changed = [key for key in settings if key not in FREE_TO_CHANGE and settings[key] != before.get(key)]
     if changed:
@@ -147,20 +173,51 @@ def resume(checkpoints, state):
     return parallel.replicate(state), step or 0
 
 
-def evaluation_steps(config, examples, total_steps):
-    """The steps before an evaluation and a checkpoint: the last of every `eval_every` epochs, and of the run."""
-    epochs = range(config.eval_every, config.epochs, config.eval_every)
-    return {-(-epoch * examples // config.batch_size) for epoch in epochs} | {total_steps}
+def require_trainable(config, epoch):
+    """Raises InputError if the last batch of a pass is too small for batch statistics."""
+    last = -(-config.image_size // (8 if config.small_stem else 32))
+    if epoch.left // epoch.layout.groups * last**2 < 2:
+        raise InputError(
+            f"the last batch of an epoch leaves {epoch.left // epoch.layout.groups} image to each group of "
+            f"{epoch.layout.group}, too few for batch statistics at {config.image_size} pixels; change batch_size"
+        )
+
+
+def describe_run(config, epoch, total_steps):
+    """What a run is going to do, in one line."""
+    layout, last = epoch.layout, "" if epoch.left == epoch.layout.batch_size else f", the last with {epoch.left} images"
+    parts = f", in {layout.parts} parts" if layout.parts > 1 else ""
+    return (
+        f"{epoch.size:,} images, {config.epochs} epochs of {epoch.steps:,} steps{last}: {total_steps:,} steps; "
+        f"batches of {layout.batch_size} on {layout.devices} device(s){parts}, batch statistics over {layout.group}"
+    )
+
+
+def finite(meter, checkpoints):
+    """What a Meter has gathered. Raises InputError once the loss or the gradient is no longer finite."""
+    try:
+        return meter.take()
+    except FloatingPointError as error:
+        last = checkpoints.latest_step()
+        kept = (
+            "no checkpoint was saved yet"
+            if last is None
+            else f"the last good one is {checkpoints.directory / str(last)}"
+        )
+        raise InputError(
+            f"the loss or its gradient is not finite at step {error}; {kept}; lower learning_rate or look at the data"
+        ) from error
 
 
 def make_evaluate(module, config, source):
     """A function from variables to the figures of the evaluation split."""
     step = parallel.map_eval_step(partial(eval_step, module, config.preprocess))
-    batch_size = min(config.eval_batch_size, len(source))
+    fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.local_device_count()
+    batch_size = min(config.eval_batch_size, len(source), fitting)
     return lambda variables: evaluate(step, variables, eval_batches(source, config.preprocess, batch_size=batch_size))
 
 
-def make_report(config, log, examples, total_steps):
+def make_report(config, log, steps, total_steps):
     """A function that logs a row of figures, and tells those of an evaluation on stderr."""
     learning_rate = make_schedule(config, total_steps)
 
@@ -170,11 +227,12 @@ def make_report(config, log, examples, total_steps):
         names = ("loss", "top1", "top5")
         row = log.write(
             step=step,
-            epoch=round(step * config.batch_size / examples, 4),
+            epoch=round(step / steps, 4),
             split=split,
             **{name: figures[name] for name in names},
             lr=float(learning_rate(step - 1)),
             images_per_second=figures.get("images_per_second"),
+            grad_norm=figures.get("grad_norm"),
         )
         if split == "eval":
             told = f"step {step}, epoch {row['epoch']:.1f}: top-1 {row['top1']:.2f} %, loss {row['loss']:.4f}"
@@ -198,10 +256,11 @@ def without_damage(batches, config, examples):
         yield batch
 
 
-def shown(batches, config, start, total_steps):
+def shown(batches, epoch, start, total_steps):
     """The batches as they come, with a progress bar in images."""
-    size = config.batch_size
-    with progress(total=total_steps * size, initial=start * size, unit="image", desc="training") as bar:
-        for batch in batches:
+    done, total = (step // epoch.steps * epoch.padded for step in (start, total_steps))
+    done += start % epoch.steps * epoch.layout.batch_size
+    with progress(total=total, initial=done, unit="image", desc="training") as bar:
+        for step, batch in enumerate(batches, start=start):
             yield batch
-            bar.update(size)
+            bar.update(epoch.images(step))

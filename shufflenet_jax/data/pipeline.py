@@ -13,6 +13,7 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from ..errors import InputError
+from ..rows import Epoch, plan_layout
 from . import augment, transforms
 
 
@@ -44,7 +45,7 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1,
     return _batches(rows.map(load), batch_size // hosts, workers, threads)
 
 
-def train_batches(source, config, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None):
+def train_batches(source, config, layout=None, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None):
     """The batches of steps start_step .. stop_step - 1. Every pass over the data has an order of its own.
 
     Each row is a pure function of the seed and its position in the run. A damaged image is replaced by the next sound
@@ -53,31 +54,35 @@ def train_batches(source, config, *, start_step=0, stop_step, host=0, hosts=1, w
     Args:
       source: a Source.
       config: a TrainConfig: batch size, seed, preprocessing and augmentation.
-      host, hosts, workers, threads: as in `eval_batches`.
+      layout: the Layout of a batch; by default that of a single device.
+      host, hosts, workers, threads: as in `eval_batches`; a host reads its slice of each part of a batch.
     Returns:
       An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "flip": bool (b,), "erase": int32 (b, 4) with
       top, left, height and width of a rectangle, "damaged": str (b,)}; the last names the image that had to be
-      replaced, or is empty.
+      replaced, or is empty. The last batch of a pass that is not full also has "mask": float32 (b,), 0 for padding.
     """
-    size, preprocess = len(source), config.preprocess
+    layout = layout or plan_layout(config.batch_size, config.bn_group_size, 1, parts=1)
+    size, preprocess, whole = len(source), config.preprocess, Epoch(len(source), layout)
 
     def load(position):
-        epoch, place = divmod(position, size)
-        index = shuffled(place // config.repeats, size, config.seed, epoch)
-        seed = (config.seed, position)
+        epoch, place, real = whole.find(*divmod(position, layout.batch_size))
+        index = shuffled(place % size // config.repeats, size, config.seed, epoch)
+        seed = (config.seed, epoch * whole.padded + place)
         damaged = ""
         for offset in range(size):
             try:
                 example = source[(index + offset) % size]
                 # A new generator for each try: what a damaged image has drawn must not matter.
                 row = augment.training_row(example, config, preprocess, np.random.default_rng(seed))
-                return {**row, "labels": np.int32(example.label), "damaged": damaged}
+                row = {**row, "labels": np.int32(example.label), "damaged": damaged}
+                return row if real is None else {**row, "mask": np.float32(real)}
             except InputError as error:
                 damaged = damaged or str(error)
         raise InputError(f"no image of the training data can be read; the first: {damaged}")
 
-    rows = _host_rows(config.batch_size, start_step, stop_step, host, hosts)
-    return _batches(rows.map(load), config.batch_size // hosts, workers, threads)
+    part, parts = layout.batch_size // layout.parts, layout.parts
+    rows = _host_rows(part, start_step * parts, stop_step * parts, host, hosts)
+    return _batches(rows.map(load), layout.batch_size // hosts, workers, threads)
 
 
 def shuffled(place, size, seed, epoch):
