@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
 from shufflenet_jax.model import CHANNELS, FEATURES, BatchNorm, ShuffleNetV2, init_variables, variable_shapes
+from shufflenet_jax.rows import Rows
 
 PARAMETERS = {  # (layout, width): parameters of the published files, from running their code
     ("torchvision", 0.5): 1_366_792,
@@ -117,10 +118,10 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32_and_stays_close():
 def test_batch_norm_normalises_and_keeps_running_statistics_like_pytorch(x64):
     x = np.random.default_rng(0).normal(3, 2, (2, 3, 2, 5))
     module = BatchNorm(train=True)
-    variables = module.init(jax.random.key(0), x)
+    variables = module.init(jax.random.key(0), x, Rows())
     theirs = torch.nn.BatchNorm2d(5).double()
     for _ in range(3):
-        ours, updates = module.apply(variables, x, mutable=["batch_stats"])
+        ours, updates = module.apply(variables, x, Rows(), mutable=["batch_stats"])
         variables = {**variables, **updates}
         expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)))
     # float64; eps and momentum are decimal fractions, rounded once more on one side.
