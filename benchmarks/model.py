@@ -254,7 +254,7 @@ def jax_step(name, batch, dtype, resolution, width, _):
     layout = parallel.plan_batch(config, device)
     state = training.create_state(module, training.make_optimizer(config, 1000), variables)
     state = parallel.replicate(state, device)
-    step = parallel.map_train_step(partial(training.train_step, module, config.preprocess, config, layout), device)
+    step = parallel.map_train_step(partial(training.train_step, module, config, layout), device)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, resolution, resolution, 3), dtype=np.uint8)
     (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], layout, device)

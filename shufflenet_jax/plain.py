@@ -50,10 +50,7 @@ def batch_norm(x, scale, bias, rows, *, epsilon, relu):
       (like x, mean, unbiased variance), the last two (C,), the means over the groups, at least in float32 and without
       gradients of their own; two passes, as exact as PyTorch's.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    count = rows.totals(jnp.full((x.shape[0], 1), x.shape[1] * x.shape[2], wide.dtype), 0)
-    mean = rows.totals(wide.sum((1, 2)), 0) / count
-    var = rows.totals(jnp.square(wide - mean[:, None, None]).sum((1, 2)), 0) / count
+    mean, var, count = rows.moments(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
     vectors = mean[:, None, None], var[:, None, None], per_channel(scale), per_channel(bias)
     y = normalize_by(*vectors, x, epsilon=epsilon, relu=relu)
     return y, *lax.stop_gradient((mean.mean(0), unbiased(var, count).mean(0)))

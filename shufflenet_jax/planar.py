@@ -63,8 +63,8 @@ def batch_norm(x, scale, bias, rows, *, epsilon, relu):
         y, mean, var = _batch_norm(x, scale, bias, epsilon, relu)
         var = plain.unbiased(var, x.size // x.shape[0])
     else:
-        y, means, variances, count = _grouped_batch_norm(x, scale, bias, rows, epsilon, relu)
-        mean, var = means.mean(1), plain.unbiased(variances, count).mean(1)
+        y, means, variances = _grouped_batch_norm(x, scale, bias, rows, epsilon, relu)
+        mean, var = means.mean(1), variances.mean(1)
     return y, *lax.stop_gradient((mean, var))
 
 
@@ -248,18 +248,16 @@ _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _grouped_batch_norm(x, scale, bias, rows, epsilon, relu):
-    """(like x, mean, biased variance, values a group), the last three (C, N) or (1, N): those of each image's group."""
+    """(like x, mean, unbiased variance), the last two (C, N): those of each image's group."""
     return _grouped_batch_norm_forward(x, scale, bias, rows, epsilon, relu)[0]
 
 
 def _grouped_batch_norm_forward(x, scale, bias, rows, epsilon, relu):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    count = rows.totals(jnp.full((1, x.shape[3]), x.shape[1] * x.shape[2], wide.dtype), 1)
-    mean = rows.totals(wide.sum((1, 2)), 1) / count
-    var = rows.totals(jnp.square(wide - _per_image(mean)).sum((1, 2)), 1) / count
+    mean, var, count = rows.moments(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 1)
     vectors = _per_image(mean), _per_image(var), per_channel(scale), per_channel(bias)
     y = plain.normalize_by(*vectors, x, epsilon=epsilon, relu=relu)
-    return (y, mean, var, count), (x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale, rows, count)
+    saved = x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale, rows, count
+    return (y, mean, plain.unbiased(var, count)), saved
 
 
 def _grouped_batch_norm_backward(epsilon, relu, saved, cotangents):

@@ -40,6 +40,24 @@ class Rows:
             sums = lax.psum(sums, AXIS, axis_index_groups=self.spans)
         return jnp.broadcast_to(sums, split).reshape(values.shape)
 
+    def moments(self, x, axis):
+        """Mean, biased variance and number of values, channel by channel, in the group of each image.
+
+        Args:
+          x: (B, H, W, C), with axis 0, or (C, H, W, B), with axis 1: where the images lie in what is left.
+          axis: that one.
+        Returns:
+          (B, C) or (C, B) for both; the number is one for all groups or, with padding, has that shape too.
+        """
+        pixels, sums = x.shape[1] * x.shape[2], x.sum((1, 2))
+        if self.mask is None:
+            count = pixels * (self.size or sums.shape[axis]) * (len(self.spans[0]) if self.spans else 1)
+        else:
+            count = self.totals(jnp.full_like(sums, pixels), axis)
+        mean = self.totals(sums, axis) / count
+        var = self.totals(jnp.square(x - mean[:, None, None]).sum((1, 2)), axis) / count
+        return mean, var, count
+
     @property
     def plain(self):
         """Whether all rows are one group of this device alone, which needs no bookkeeping."""
@@ -99,6 +117,11 @@ class Epoch:
         """Rows of the last step, all groups together."""
         return self.padded - (self.steps - 1) * self.layout.batch_size
 
+    @property
+    def share(self):
+        """Rows of the last step in each group."""
+        return self.left // self.layout.groups
+
     def images(self, step):
         """Rows of a step of the run, padding left out."""
         return self.left if (step + 1) % self.steps == 0 else self.layout.batch_size
@@ -109,9 +132,9 @@ class Epoch:
         if self.images(step) == self.layout.batch_size:
             return epoch, number * self.layout.batch_size + row, None
         group, slot = divmod(row, self.layout.group)
-        share = self.left // self.layout.groups
         # Padding holds an image of its group, which nothing depends on.
-        return epoch, number * self.layout.batch_size + group * share + slot % share, slot < share
+        place = number * self.layout.batch_size + group * self.share + slot % self.share
+        return epoch, place, slot < self.share
 
 
 def plan_layout(batch_size, group, devices, *, parts=0, most=None):

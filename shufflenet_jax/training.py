@@ -78,12 +78,11 @@ def decays(params, which="no_norm"):
 def decay_table(params, which):
     """Which parameters decay, in lines: kind, tensors, numbers, and whether L2 applies."""
     kinds = {}
-    for (path, leaf), applies in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(decays(params, which)), strict=True
-    ):
-        names = [entry.key for entry in path]
-        last = "/".join(names[-2:])
-        kind = f"depthwise {last}" if names[-3:-2] and names[-3].endswith("_dw") and "conv" in names else last
+    flags = jax.tree.leaves(decays(params, which))
+    for (path, leaf), applies in zip(jax.tree.leaves_with_path(params), flags, strict=True):
+        *above, layer, name = (entry.key for entry in path)
+        depthwise = layer == "conv" and above[-1].endswith("_dw")
+        kind = f"{'depthwise ' if depthwise else ''}{layer}/{name}"
         tensors, numbers, _ = kinds.get(kind, (0, 0, applies))
         kinds[kind] = tensors + 1, numbers + leaf.size, applies
     rows = [f"{'parameters':24}{'tensors':>8}{'numbers':>12}  weight decay"]
@@ -91,13 +90,12 @@ def decay_table(params, which):
     return "\n".join(rows)
 
 
-def train_step(module, preprocess, config, layout, state, batch):
+def train_step(module, config, layout, state, batch):
     """One SGD step on this device's share of the batch; the gradient is that of the mean over all images.
 
     Args:
       module: a ShuffleNetV2 with a classifier.
-      preprocess: a Preprocess: how the uint8 images are normalised.
-      config: a TrainConfig: its loss and the seed of its dropout.
+      config: a TrainConfig: how the uint8 images are normalised, the loss, and the seed of dropout.
       layout: a Layout: the batch's parts, and which images share batch statistics.
       state: a State.
       batch: {"images": uint8 (parts, R, H, W, C), "labels": (parts, R)}, in the last batch of an epoch "mask": (parts,
@@ -110,7 +108,7 @@ def train_step(module, preprocess, config, layout, state, batch):
     images = jax.lax.psum(batch["mask"].sum(), AXIS) if "mask" in batch else layout.batch_size
 
     def loss_fn(params, part, number):
-        inputs = transforms.network_inputs(part, preprocess, module.dtype)
+        inputs = transforms.network_inputs(part, config.preprocess, module.dtype)
         (logits, _), updates = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats},
             inputs,

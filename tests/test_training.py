@@ -184,7 +184,7 @@ def is_trace(node):
 def run_steps(module, config, state, batches, devices):
     """The state and the last metrics after a step on each batch."""
     layout = parallel.plan_batch(config, devices)
-    step = parallel.map_train_step(partial(train_step, module, config.preprocess, config, layout), devices)
+    step = parallel.map_train_step(partial(train_step, module, config, layout), devices)
     state = parallel.replicate(state, devices)
     for batch in parallel.feed(batches, layout, devices):
         state, metrics = step(state, batch)

@@ -26,7 +26,6 @@ from ..training import decay_table, init_state, make_schedule, train_step
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
 # A resumed run gives the same numbers whatever these say, up to rounding.
 FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "workers", "max_damaged"}
-
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # On which the numbers depend.
 
 
@@ -43,7 +42,7 @@ def main(argv):
 
     module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), lowering=config.lowering, remat=config.remat)
     evaluate_state = make_evaluate(module, config, eval_source)
-    step_fn = parallel.map_train_step(partial(train_step, module, config.preprocess, config, layout))
+    step_fn = parallel.map_train_step(partial(train_step, module, config, layout))
 
     with checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints:
         state, start = resume(checkpoints, init_state(module, config, total_steps))
@@ -54,12 +53,11 @@ def main(argv):
             train_source, config, layout, start_step=start, stop_step=total_steps, workers=config.workers
         )
         batches = parallel.feed(without_damage(batches, config, len(train_source)), layout)
-        evaluate_at = range(config.eval_every * epoch.steps, total_steps, config.eval_every * epoch.steps)
         meter = Meter()
         for step, batch in enumerate(shown(batches, epoch, start, total_steps), start=start + 1):
             state, metrics = step_fn(state, batch)
             meter.add(step, metrics, epoch.images(step - 1))
-            evaluating = step in evaluate_at or step == total_steps
+            evaluating = step % (config.eval_every * epoch.steps) == 0 or step == total_steps
             # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
             if step % config.log_every == 0 or evaluating:
                 report(step, "train", finite(meter, checkpoints))
@@ -176,10 +174,10 @@ def resume(checkpoints, state):
 def require_trainable(config, epoch):
     """Raises InputError if the last batch of a pass is too small for batch statistics."""
     last = -(-config.image_size // (8 if config.small_stem else 32))
-    if epoch.left // epoch.layout.groups * last**2 < 2:
+    if epoch.share * last**2 < 2:
         raise InputError(
-            f"the last batch of an epoch leaves {epoch.left // epoch.layout.groups} image to each group of "
-            f"{epoch.layout.group}, too few for batch statistics at {config.image_size} pixels; change batch_size"
+            f"the last batch of an epoch leaves {epoch.share} image to each group of {epoch.layout.group}, too few for "
+            f"batch statistics at {config.image_size} pixels; change batch_size"
         )
 
 
