@@ -247,21 +247,22 @@ def jax_step(name, batch, dtype, resolution, width, _):
 
     from shufflenet_jax import parallel, training
     from shufflenet_jax.config import TrainConfig
+    from shufflenet_jax.rows import Epoch
 
     module, variables = converted(width, dtype, name != "ours")
     config = TrainConfig(data="none", batch_size=batch, bn_group_size=0, accumulate=1)
     device = jax.local_devices()[:1]
     layout = parallel.plan_batch(config, device)
-    state = training.create_state(module, training.make_optimizer(config, 1000), variables)
-    state = parallel.replicate(state, device)
-    step = parallel.map_train_step(partial(training.train_step, module, config, layout), device)
+    epoch = Epoch(1000 * batch, layout)
+    state = parallel.replicate(training.create_state(module, config, epoch, variables), device)
+    step = parallel.map_train_step(partial(training.train_step, module, config, epoch), device)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, resolution, resolution, 3), dtype=np.uint8)
     (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], layout, device)
 
     def call():
         nonlocal state
-        state, metrics = step(state, fed)
+        state, metrics = step(state, fed, {})
         jax.block_until_ready((state, metrics))
 
     return call

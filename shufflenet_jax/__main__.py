@@ -11,6 +11,7 @@ COMMANDS = {  # name: (module with main(argv), what it does)
     "eval": ("evaluate", "evaluate a checkpoint"),
     "prepare": ("prepare", "turn images or TFRecords into a data set that trains at full speed"),
     "verify": ("verify", "tell what a data set holds, and what in it cannot be read"),
+    "plot": ("plot", "draw the curves of a training"),
     "convert": ("from_torch", "convert a PyTorch checkpoint into a model directory"),
     "convert-back": ("to_torch", "write a model directory as a PyTorch checkpoint"),
 }

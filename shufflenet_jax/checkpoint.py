@@ -1,7 +1,7 @@
 """Model directories and training checkpoints on disk: the only file that imports orbax.
 
 A model directory holds `model.json` and the variables; a training workdir holds `model.json` and numbered checkpoints
-with the variables and, beside them, what the optimiser needs to go on.
+with the variables and, beside them, what the optimiser needs to go on and, where kept, the variables' moving averages.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from .errors import InputError
 from .files import written_aside
 from .model import ShuffleNetV2, variable_shapes
 
-INFO, VARIABLES, OPTIMIZER, STEPS = "model.json", "variables", "optimizer", "checkpoints"
+INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
 
 
 def module_of(info, **settings):
@@ -51,14 +51,16 @@ def require_free(directory, *, overwrite):
         raise InputError(f"{directory} exists already; {advice}")
 
 
-def load_directory(directory, **settings):
+def load_directory(directory, *, ema=False, **settings):
     """(module, variables, ModelInfo) of a model directory or a training workdir: see `loading.load_model`."""
     directory = Path(directory).absolute()
     info = read_info(directory)
     module = module_of(info, **settings)
     if not (directory / VARIABLES).is_dir():
         directory = _best_or_latest(directory)
-    return module, _restore(directory / VARIABLES, variable_shapes(module)), info
+    if ema and not (directory / EMA).is_dir():
+        raise InputError(f"{directory} holds no moving averages; leave --ema out")
+    return module, _restore(directory / (EMA if ema else VARIABLES), variable_shapes(module)), info
 
 
 def read_info(directory):
@@ -146,7 +148,7 @@ class TrainingCheckpoints:
             create=not read_only,
         )
         self.directory = Path(workdir).absolute() / STEPS
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(VARIABLES, OPTIMIZER))
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(VARIABLES, OPTIMIZER, EMA))
 
     def __enter__(self):
         return self
@@ -162,15 +164,14 @@ class TrainingCheckpoints:
         """The step with the highest top-1, or None."""
         return self._manager.best_step()
 
-    def save(self, step, variables, optimizer, metrics):
-        """Starts writing a checkpoint in the background, from copies of the arrays."""
-        items = {VARIABLES: ocp.args.StandardSave(variables), OPTIMIZER: ocp.args.StandardSave(optimizer)}
+    def save(self, step, items, metrics):
+        """Starts writing a checkpoint in the background, from copies of the arrays: {VARIABLES: tree, ...}."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, step, variables, optimizer):
+    def restore(self, step, items):
         """The trees saved at a step as NumPy arrays, in the form of the given ones (arrays or shapes)."""
-        folder = self.directory / str(step)
-        return _restore(folder / VARIABLES, variables), _restore(folder / OPTIMIZER, optimizer)
+        return {name: _restore(self.directory / str(step) / name, tree) for name, tree in items.items()}
 
 
 def _top1(metrics):

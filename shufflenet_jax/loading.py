@@ -6,12 +6,13 @@ from .checkpoint import load_directory
 from .files import cache_dir, hash_of
 
 
-def load_model(checkpoint, **settings):
+def load_model(checkpoint, *, ema=False, **settings):
     """The network in a checkpoint of any form.
 
     Args:
       checkpoint: a model directory, a training workdir (its best checkpoint, else the latest), or a .pth file, which is
         converted once and kept in the cache.
+      ema: take the moving averages that a training or an MMPretrain file keeps beside the weights.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:
       (module, variables, ModelInfo): a ShuffleNetV2, its {"params", "batch_stats"} as NumPy arrays, and what is known.
@@ -20,15 +21,15 @@ def load_model(checkpoint, **settings):
     """
     path = Path(checkpoint).expanduser()
     if path.is_file():
-        path = _converted(path)
-    return load_directory(path, **settings)
+        return load_directory(_converted(path, ema), **settings)
+    return load_directory(path, ema=ema, **settings)
 
 
-def _converted(path):
+def _converted(path, ema):
     """The model directory of a .pth file in the cache; converted, and verified, on first use."""
-    directory = cache_dir() / "converted" / f"{path.stem}-{hash_of(path)[:16]}"
+    directory = cache_dir() / "converted" / f"{path.stem}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
     if not directory.exists():
         from .porting import convert  # Needs torch, whose import alone takes a second.
 
-        convert.into_cache(path, directory)
+        convert.into_cache(path, directory, ema=ema)
     return directory

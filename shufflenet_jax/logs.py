@@ -1,25 +1,46 @@
 """metrics.jsonl: one JSON object a line, and the sums between two lines."""
 
 import json
+import shutil
 import time
 
 import numpy as np
+from tensorboardX import SummaryWriter
+
+from .files import written_aside
+
+METRICS, EVENTS = "metrics.jsonl", "events"
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl; a resumed run first drops the rows of steps which it will take again."""
+    """Appends rows to a workdir's metrics.jsonl, and the same figures to its TensorBoard events.
 
-    def __init__(self, path, *, last_step):
-        rows = [row for row in read_metrics(path) if row["step"] <= last_step] if path.exists() else []
-        draft = path.with_suffix(".new")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        draft.replace(path)
-        self._path = path
+    A resumed run first drops what was written about steps after the last one it has, which it will take again.
+    """
 
-    def write(self, **row):
+    def __init__(self, workdir, *, last_step):
+        self._path = workdir / METRICS
+        rows = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
+        with written_aside(self._path) as draft:
+            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if not last_step:
+            shutil.rmtree(workdir / EVENTS, ignore_errors=True)
+        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._events.close()
+
+    def write(self, *, step, epoch, split, **figures):
         """Appends a row and returns it."""
+        row = {"step": step, "epoch": epoch, "split": split, **figures}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        for name, value in figures.items():
+            if value is not None:
+                self._events.add_scalar(f"{split}/{name}", value, step)
         return row
 
 

@@ -1,6 +1,6 @@
 """ShuffleNetV2 (Ma et al., ECCV 2018) in Flax Linen, in both wirings that have published weights.
 
-Channel counts, initialisers and batch-norm constants are those of MMPretrain, torchvision and Megvii.
+Channel counts, initial weights and batch-norm constants are those of MMPretrain, torchvision and Megvii.
 """
 
 from functools import cache, partial
@@ -25,6 +25,8 @@ UNITS = {"stage2": 4, "stage3": 8, "stage4": 4}
 LAYOUTS = ("torchvision", "megvii")
 FEATURES = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
 EPSILON = 1e-5
+INITIAL = ("mmpretrain", "pytorch")
+UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's own: up to 1 / sqrt(inputs).
 MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part that is new.
 
 
@@ -37,14 +39,15 @@ class Conv(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     lowering: str = "auto"
-    stddev: float | None = None  # Of the initial weights; by default 1 / (I / groups).
+    initial: str = "mmpretrain"
+    stddev: float | None = None  # Of MMPretrain's initial weights; by default 1 / (I / groups).
     bias: bool = False
 
     @nn.compact
     def __call__(self, x):
         lower = ops.resolve(self.lowering)
         fan = x.shape[lower.CHANNELS] // self.groups
-        init = nn.initializers.normal(self.stddev or 1 / fan)
+        init = UNIFORM if self.initial == "pytorch" else nn.initializers.normal(self.stddev or 1 / fan)
         kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         x = lower.conv(x, kernel, stride=self.stride, groups=self.groups)
@@ -94,6 +97,7 @@ class ConvBN(nn.Module):
     dtype: Any = jnp.float32
     lowering: str = "auto"
     folded: bool = False
+    initial: str = "mmpretrain"
     stddev: float | None = None
 
     @nn.compact
@@ -105,6 +109,7 @@ class ConvBN(nn.Module):
             self.groups,
             self.dtype,
             self.lowering,
+            self.initial,
             self.stddev,
             bias=self.folded,
             name="conv",
@@ -128,10 +133,12 @@ class Unit(nn.Module):
     dtype: Any = jnp.float32
     lowering: str = "auto"
     folded: bool = False
+    initial: str = "mmpretrain"
 
     @nn.compact
     def __call__(self, x, rows):
-        layer = partial(ConvBN, train=self.train, dtype=self.dtype, lowering=self.lowering, folded=self.folded)
+        names = ("train", "dtype", "lowering", "folded", "initial")
+        layer = partial(ConvBN, **{name: getattr(self, name) for name in names})
         axis = ops.resolve(self.lowering).CHANNELS
         inputs = x.shape[axis]
         middle = self.features // 2
@@ -148,6 +155,22 @@ class Unit(nn.Module):
         right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right, rows)
         x = jnp.concatenate([left, right], axis=axis)
         return x if self.layout == "megvii" else ops.channel_shuffle(x, axis=axis)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask goes by the place of each row in the whole batch, whichever device it is on."""
+
+    rate: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, rows):
+        if not (self.rate and self.train):
+            return x
+        places = jnp.arange(len(x)) if rows.places is None else rows.places
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), places)
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(kept, x / (1 - self.rate), 0)
 
 
 class ShuffleNetV2(nn.Module):
@@ -170,11 +193,12 @@ class ShuffleNetV2(nn.Module):
     lowering: str = "auto"  # See ops.py; "plain" is the reference.
     folded: bool = False  # For inference alone: batch norm is part of the convolutions, as `deploy.fold` makes it.
     remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
+    initial: str = "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
 
     @nn.compact
     def __call__(self, images, *, train=False, rows=None):
-        if self.width not in CHANNELS or self.layout not in LAYOUTS:
-            raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}")
+        if self.width not in CHANNELS or self.layout not in LAYOUTS or self.initial not in INITIAL:
+            raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}, {self.initial!r}")
         if self.num_classes and not self.conv5:
             raise ValueError("a classifier needs conv5")
         if self.folded and train:
@@ -183,7 +207,8 @@ class ShuffleNetV2(nn.Module):
             raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
 
         *stage_channels, conv5_channels = CHANNELS[self.width]
-        common = {"train": train, "dtype": self.dtype, "lowering": self.lowering, "folded": self.folded}
+        names = ("dtype", "lowering", "folded", "initial")
+        common = {"train": train, **{name: getattr(self, name) for name in names}}
         unit = nn.remat(Unit) if self.remat else Unit
         lower = ops.resolve(self.lowering)
         features, rows = {}, rows or Rows()
@@ -207,17 +232,23 @@ class ShuffleNetV2(nn.Module):
         if not self.num_classes:
             return None, features
 
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, train)(x, rows)
+        uniform, inputs = self.initial == "pytorch", x.shape[1]
         # Megvii's classifier alone has no bias.
         fc = nn.Dense(
             self.num_classes,
             use_bias=self.layout != "megvii",
-            kernel_init=nn.initializers.normal(0.01),
+            kernel_init=UNIFORM if uniform else nn.initializers.normal(0.01),
+            bias_init=_uniform(inputs**-0.5) if uniform else nn.initializers.zeros,
             dtype=stored,
             param_dtype=stored,
             name="fc",
         )
         return fc(x), features
+
+
+def _uniform(most):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -most, most)
 
 
 def init_variables(module, *, seed=0):

@@ -26,6 +26,8 @@ class Rows:
     spans: Any = struct.field(pytree_node=False, default=None)
     # (N,), 1 for real rows and 0 for padding; None: all are real.
     mask: Any = None
+    # (N,), their places in the whole batch, which random numbers go by; None: from 0 on.
+    places: Any = None
 
     def totals(self, values, axis):
         """Values of each image, along an axis, as the sums over the real images of its group, again for each image."""
@@ -58,6 +60,14 @@ class Rows:
         var = self.totals(jnp.square(x - mean[:, None, None]).sum((1, 2)), axis) / count
         return mean, var, count
 
+    def following(self, values):
+        """(N, ...): of each row the next one of its group; of the last one, and the last before padding, the first."""
+        groups = values.reshape(-1, self.size or len(values), *values.shape[1:])
+        first = groups[:, :1]
+        if self.spans:
+            first = lax.ppermute(first, AXIS, [(span[i], span[i - 1]) for span in self.spans for i in range(len(span))])
+        return jnp.concatenate([groups[:, 1:], first], axis=1).reshape(values.shape)
+
     @property
     def plain(self):
         """Whether all rows are one group of this device alone, which needs no bookkeeping."""
@@ -85,20 +95,21 @@ class Layout:
     def groups(self):
         return self.batch_size // self.group
 
-    def rows_of(self, mask=None):
-        """The Rows of a part on one device."""
+    def rows_of(self, part, device, mask=None):
+        """The Rows of a part on a device."""
+        places = (part * self.devices + device) * self.rows + jnp.arange(self.rows)
         if self.rows >= self.group:
-            return Rows(size=None if self.rows == self.group else self.group, mask=mask)
+            return Rows(size=None if self.rows == self.group else self.group, mask=mask, places=places)
         together = self.group // self.rows
         spans = tuple(tuple(range(first, first + together)) for first in range(0, self.devices, together))
-        return Rows(spans=spans, mask=mask)
+        return Rows(spans=spans, mask=mask, places=places)
 
 
 @dataclass(frozen=True)
 class Epoch:
     """The steps of a pass over the data. Its last batch is what is left, in equal shares for all groups.
 
-    As PyTorch's samplers do, the data is filled up by a few repeats until the groups can share it.
+    As PyTorch's samplers do it, the data is filled up by a few repeats until the groups can share it.
     """
 
     size: int  # Examples in the data.
@@ -126,15 +137,22 @@ class Epoch:
         """Rows of a step of the run, padding left out."""
         return self.left if (step + 1) % self.steps == 0 else self.layout.batch_size
 
+    def images_before(self, step):
+        """Rows of all steps before one of the run, padding left out."""
+        return step // self.steps * self.padded + step % self.steps * self.layout.batch_size
+
     def find(self, step, row):
-        """(epoch, place in it, whether the row is real or None where all are) of a row of a step of the run."""
+        """(epoch, place in it, whether the row is real or None where all are) of a row of a step of the run.
+
+        Groups take turns, as the GPUs of PyTorch's samplers do, so that repeats of an image go to different ones.
+        """
         epoch, number = divmod(step, self.steps)
-        if self.images(step) == self.layout.batch_size:
-            return epoch, number * self.layout.batch_size + row, None
+        full = self.images(step) == self.layout.batch_size
+        share = self.layout.group if full else self.share
         group, slot = divmod(row, self.layout.group)
-        # Padding holds an image of its group, which nothing depends on.
-        place = number * self.layout.batch_size + group * self.share + slot % self.share
-        return epoch, place, slot < self.share
+        # Padding goes through its group's images again: nothing depends on it, but the last one has a next one.
+        place = number * self.layout.batch_size + slot % share * self.layout.groups + group
+        return epoch, place, None if full else slot < share
 
 
 def plan_layout(batch_size, group, devices, *, parts=0, most=None):

@@ -4,23 +4,27 @@ The update is PyTorch's SGD: L2 is added to the gradient before momentum.
 """
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from .data import transforms
+from .config import Preprocess
+from .data import mixing, transforms
+from .errors import InputError
 from .evaluation import label_ranks
-from .model import init_variables
+from .model import MOMENTUM, init_variables
 from .rows import AXIS
 
 
 class State(train_state.TrainState):
-    """Everything that the next step depends on: step, params, opt_state and batch_stats."""
+    """Everything that the next step depends on: step, params, opt_state, batch_stats and, where kept, averages."""
 
     batch_stats: Any
+    ema: Any  # {"params", "batch_stats"}, moving averages of both, or None.
 
     @property
     def variables(self):
@@ -31,36 +35,80 @@ class State(train_state.TrainState):
         return {"step": self.step, "opt_state": self.opt_state}
 
 
-def create_state(module, optimizer, variables):
-    """The state before the first step, from a network's {"params", "batch_stats"}."""
+class Teacher(NamedTuple):
+    """A network whose predictions another one learns; its weights are an argument of the step."""
+
+    module: Any  # `apply(weights, images)` returns (logits, features).
+    preprocess: Preprocess
+
+
+def create_state(module, config, epoch, variables):
+    """The state before the first step of a run, from a network's {"params", "batch_stats"}."""
     return State.create(
-        apply_fn=module.apply, tx=optimizer, params=variables["params"], batch_stats=variables["batch_stats"]
+        apply_fn=module.apply,
+        tx=make_optimizer(config, epoch),
+        **variables,
+        # Copies, for the step overwrites both.
+        ema=jax.tree.map(jnp.array, variables) if config.ema_decay else None,
     ).replace(step=jnp.zeros((), jnp.int32))
 
 
-def init_state(module, config, total_steps):
-    """The state at the beginning of a run, from the seed of its TrainConfig."""
-    return create_state(module, make_optimizer(config, total_steps), init_variables(module, seed=config.seed))
+def init_state(module, config, epoch):
+    """The same from the seed of a run's TrainConfig."""
+    return create_state(module, config, epoch, init_variables(module, seed=config.seed))
 
 
-def make_schedule(config, total_steps):
-    """The learning rate of step t = 0 .. total_steps - 1: a pure function, a tenth of the schedule's during warm-up."""
-    left = {
+def count_steps(config, epoch):
+    """The steps of a run that move the parameters; `recalibrate` comes on top."""
+    return config.steps or config.epochs * epoch.steps
+
+
+def peak_rate(config):
+    """The learning rate from which the schedule falls."""
+    return config.learning_rate * (config.batch_size / config.scale_lr_from if config.scale_lr_from else 1)
+
+
+def count_warmup(config, epoch):
+    """The steps at the start in which the learning rate is reduced."""
+    return config.warmup_steps + config.warmup_epochs * epoch.steps
+
+
+def make_schedule(config, epoch):
+    """The learning rate of step t = 0, 1, ...: a pure function.
+
+    Args:
+      config: a TrainConfig.
+      epoch: the Epoch of its data: how many steps a pass has.
+    """
+    total, warmup, peak = count_steps(config, epoch), count_warmup(config, epoch), peak_rate(config)
+    length = total - (warmup if config.warmup_first else 0)
+    if length < 1:
+        raise InputError(f"the warm-up takes {warmup} steps of {total}; shorten it or train for longer")
+    falling = {
         # Written so, it stays exact in float32.
-        "linear": lambda step: config.learning_rate * (total_steps - step) / total_steps,
-        "cosine": lambda step: config.learning_rate * (1 + jnp.cos(math.pi * step / total_steps)) / 2,
-        "constant": lambda step: config.learning_rate,
+        "linear": lambda left: peak * left / length,
+        "cosine": lambda left: peak * (1 - jnp.cos(math.pi * left / length)) / 2,
+        "constant": lambda left: peak,
     }[config.schedule]
-    return lambda step: left(step) * jnp.where(step < config.warmup_steps, 0.1, 1.0)
+
+    def schedule(step):
+        at = step // epoch.steps * epoch.steps if config.lr_every == "epoch" else step
+        grown = config.warmup_factor
+        if config.warmup == "linear":
+            grown += (1 - grown) * at / max(warmup, 1)
+        rate = falling(jnp.clip(total - at, 0, length)) * jnp.where(at < warmup, grown, 1.0)
+        return jnp.where(step < total, rate, 0.0)
+
+    return schedule
 
 
-def make_optimizer(config, total_steps):
+def make_optimizer(config, epoch):
     """SGD with momentum and coupled L2, the way PyTorch computes them; clipping, where asked for, comes first."""
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(
         *clip,
         optax.add_decayed_weights(config.weight_decay, lambda params: decays(params, config.decay)),
-        optax.sgd(make_schedule(config, total_steps), momentum=config.momentum, nesterov=config.nesterov),
+        optax.sgd(make_schedule(config, epoch), momentum=config.momentum, nesterov=config.nesterov),
     )
 
 
@@ -90,46 +138,55 @@ def decay_table(params, which):
     return "\n".join(rows)
 
 
-def train_step(module, config, layout, state, batch):
+def train_step(module, config, epoch, state, batch, fixed, *, teacher=None):
     """One SGD step on this device's share of the batch; the gradient is that of the mean over all images.
 
     Args:
       module: a ShuffleNetV2 with a classifier.
-      config: a TrainConfig: how the uint8 images are normalised, the loss, and the seed of dropout.
-      layout: a Layout: the batch's parts, and which images share batch statistics.
+      config: a TrainConfig: how the uint8 images are normalised and mixed, the loss, and the seed.
+      epoch: an Epoch, whose Layout says in which parts the batch comes and which images share batch statistics.
       state: a State.
       batch: {"images": uint8 (parts, R, H, W, C), "labels": (parts, R)}, in the last batch of an epoch "mask": (parts,
-        R), 0 for padding, and "flip", "erase" as in `transforms.network_inputs`.
+        R), 0 for padding, "flip", "erase" as in `transforms.network_inputs`, and "teacher": (parts, R, num_classes),
+        stored logits to learn.
+      fixed: arrays that no step changes, where they are asked for: {"class_weights": (num_classes,), "teacher": the
+        weights of the teacher}.
+      teacher: a Teacher.
     Returns:
-      The next State, and the batch's {"loss", "top1", "top5", "grad_norm"}, top1 and top5 in percent.
+      The next State, and the batch's {"loss", "top1", "top5", "grad_norm"}, top1 and top5 in percent. Where images are
+      mixed, the label with the larger share counts.
     """
-    place = jax.lax.axis_index(AXIS)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), place)
+    layout, device = epoch.layout, jax.lax.axis_index(AXIS)
+    dropout_key, mixing_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     images = jax.lax.psum(batch["mask"].sum(), AXIS) if "mask" in batch else layout.batch_size
-
-    def loss_fn(params, part, number):
-        inputs = transforms.network_inputs(part, config.preprocess, module.dtype)
-        (logits, _), updates = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            inputs,
-            train=True,
-            rows=layout.rows_of(part.get("mask")),
-            mutable=["batch_stats"],
-            rngs={"dropout": jax.random.fold_in(key, number)},
-        )
-        losses = cross_entropy(logits, part["labels"], config.label_smoothing)
-        ranks = label_ranks(logits, part["labels"])
-        figures = {"loss": losses, "top1": 100.0 * (ranks < 1), "top5": 100.0 * (ranks < 5)}
-        if "mask" in part:
-            figures = {name: jnp.where(part["mask"] > 0, column, 0) for name, column in figures.items()}
-        sums = {name: column.sum() / images for name, column in figures.items()}
-        # The statistics move by the mean over all groups: every part and device has equally many.
-        statistics = jax.tree.map(lambda leaf: leaf / layout.parts, updates["batch_stats"])
-        return sums["loss"], (statistics, sums)
 
     def one_part(number):
         part = {name: column[number] for name, column in batch.items()}
-        (_, (statistics, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part, number)
+        rows = layout.rows_of(number, device, part.get("mask"))
+        inputs, targets = mixed(config, layout, mixing_key, part, rows)
+        if teacher:
+            targets["teacher"] = teacher.module.apply(fixed["teacher"], inputs(teacher.preprocess, module.dtype))[0]
+
+        def loss_fn(params):
+            (logits, _), updates = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                inputs(config.preprocess, module.dtype),
+                train=True,
+                rows=rows,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+            ranks = label_ranks(logits, targets["main"])
+            losses = image_losses(config, logits, targets, fixed.get("class_weights"))
+            figures = {"loss": losses, "top1": 100.0 * (ranks < 1), "top5": 100.0 * (ranks < 5)}
+            if "mask" in part:
+                figures = {name: jnp.where(part["mask"] > 0, column, 0) for name, column in figures.items()}
+            sums = {name: column.sum() / images for name, column in figures.items()}
+            # The statistics move by the mean over all groups: every part and device has equally many.
+            statistics = jax.tree.map(lambda leaf: leaf / layout.parts, updates["batch_stats"])
+            return sums["loss"], (statistics, sums)
+
+        (_, (statistics, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         return grads, statistics, sums
 
     if layout.parts == 1:
@@ -144,15 +201,109 @@ def train_step(module, config, layout, state, batch):
     # Groups keep their own batch statistics, as PyTorch DDP does; only the running averages are shared.
     grads, sums = jax.lax.psum((grads, sums), AXIS)
     statistics = jax.lax.pmean(statistics, AXIS)
+    if config.recalibrate:
+        statistics = recalibrated(state.step - count_steps(config, epoch), state.batch_stats, statistics)
     # XLA's CPU maximum drops NaN, so that a loss can look sound when the gradient no longer is.
     metrics = {**sums, "grad_norm": optax.tree.norm(grads)}
-    return state.apply_gradients(grads=grads, batch_stats=statistics), metrics
+    after = state.apply_gradients(grads=grads, batch_stats=statistics)
+    if config.ema_decay:
+        after = after.replace(ema=averaged(config, epoch, state.step, state.ema, after.variables))
+    return after, metrics
 
 
-def cross_entropy(logits, labels, smoothing=0.0):
-    """The loss of each image, (B,), with PyTorch's label smoothing: (1 - s) at the label, and s / C at every class."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if smoothing:
-        evenly = -jax.nn.log_softmax(logits).mean(1)
-        losses = (1 - smoothing) * losses + smoothing * evenly
+def mixed(config, layout, key, part, rows):
+    """What a part of a batch becomes once its images are mixed, where the configuration asks for that.
+
+    Returns:
+      (A function from a Preprocess and a type to the network's input, {"labels", "following", "share": (R,), the share
+      of `labels`, "main": the label with the larger one, "teacher": stored logits}).
+    """
+    labels = part["labels"]
+    targets = {"labels": labels, "main": labels}
+    if "teacher" in part:
+        targets["teacher"] = part["teacher"]
+    if not (config.mixup or config.cutmix):
+        return partial(transforms.network_inputs, part), targets
+
+    size = part["images"].shape[1:3]
+    share, weights = mixing.draw(key, rows.places // layout.group, config.mixup, config.cutmix, *size)
+    following = rows.following(labels)
+    targets |= {"following": following, "share": share, "main": jnp.where(share < 0.5, following, labels)}
+    if "teacher" in part:
+        targets["teacher following"] = rows.following(part["teacher"])
+
+    def inputs(preprocess, dtype):
+        wide = transforms.network_inputs(part, preprocess, jnp.promote_types(dtype, jnp.float32))
+        return mixing.mix(wide, weights, rows).astype(dtype)
+
+    return inputs, targets
+
+
+def image_losses(config, logits, targets, class_weights=None):
+    """The loss of each image, (B,): towards its label and, with a teacher, towards what that predicts.
+
+    Args:
+      config: a TrainConfig.
+      logits: (B, num_classes).
+      targets: from `mixed`.
+      class_weights: (num_classes,), or None.
+    """
+
+    def towards(labels):
+        return cross_entropy(logits, labels, config.label_smoothing, class_weights)
+
+    def joined(own, following):
+        share = targets["share"].astype(logits.dtype).reshape(-1, *(1,) * (own.ndim - 1))
+        return share * own + (1 - share) * following
+
+    losses = towards(targets["labels"])
+    if "following" in targets:
+        losses = joined(losses, towards(targets["following"]))
+    if "teacher" in targets:
+        taught = jax.nn.softmax(targets["teacher"] / config.temperature)
+        if "teacher following" in targets:
+            taught = joined(taught, jax.nn.softmax(targets["teacher following"] / config.temperature))
+        distilled = distillation(logits, taught, config.temperature)
+        losses = (1 - config.teacher_weight) * losses + config.teacher_weight * distilled
     return losses
+
+
+def cross_entropy(logits, labels, smoothing=0.0, class_weights=None):
+    """The loss of each image, (B,), as PyTorch has it before it takes the mean.
+
+    With smoothing s the target is 1 - s at the label, and s / C at every class; weights multiply each class's term.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    weighted = losses if class_weights is None else losses * class_weights[labels]
+    if not smoothing:
+        return weighted
+    each = -jax.nn.log_softmax(logits)
+    evenly = (each if class_weights is None else each * class_weights[None]).mean(1)
+    return (1 - smoothing) * weighted + smoothing * evenly
+
+
+def distillation(logits, taught, temperature):
+    """Hinton's loss of each image, (B,): the divergence from probabilities at a temperature, times its square."""
+    learned = jax.nn.log_softmax(logits / temperature)
+    return optax.losses.kl_divergence(learned, taught) * temperature**2
+
+
+def recalibrated(number, before, after):
+    """Running statistics as the mean over the batches from `number` 0 on; those before it are left as they are.
+
+    Args:
+      number: of this step, counted from the first that takes part.
+      before, after: the statistics before and after they moved by 1 - MOMENTUM to those of the batch.
+    """
+    share = 1 / ((1 - MOMENTUM) * jnp.maximum(number + 1, 1))
+    return jax.tree.map(lambda old, new: jnp.where(number < 0, new, old + (new - old) * share), before, after)
+
+
+def averaged(config, epoch, step, old, new):
+    """The moving average after a step: PyTorch's AveragedModel, as torchvision's script updates it.
+
+    Until the warm-up is over, and the first time after it, it is a copy.
+    """
+    due = (step % epoch.steps % config.ema_every == 0) & (step < count_steps(config, epoch))
+    kept = jnp.where(step <= count_warmup(config, epoch), 0, config.ema_decay)
+    return jax.tree.map(lambda a, b: jnp.where(due, kept * a + (1 - kept) * b, a), old, new)

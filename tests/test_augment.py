@@ -29,7 +29,7 @@ def jpeg(pixels, **options):
 
 def row(data, seed=0, **settings):
     config = dataclasses.replace(BASE, **settings)
-    return augment.training_row(Example("x", data, 0), config, config.preprocess, np.random.default_rng(seed))
+    return augment.training_row(Example("x", data, 0), config, config.train_preprocess, np.random.default_rng(seed))
 
 
 class Scripted:

@@ -219,7 +219,7 @@ def test_evaluation_reads_every_example_once_in_order_and_masks_the_rest():
 
 
 def config(**changes):
-    settings = {"image_size": 32, "in_chans": 1, "crop": "center", "flip": False, "batch_size": 10}
+    settings = {"image_size": 32, "preprocessing": "digits", "crop": "center", "flip": False, "batch_size": 10}
     return TrainConfig(data="digits", **{**settings, **changes})
 
 

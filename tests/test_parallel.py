@@ -14,9 +14,9 @@ def layout_of(count, parts=1):
     return plan_layout(12, 0 if parts * count == 1 else 12 // (parts * count), count, parts=parts)
 
 
-def averaging_step(state, batch):
+def averaging_step(state, batch, fixed):
     total = jax.lax.pmean(batch["images"].sum(), parallel.AXIS)
-    return state + total, {"rows": jax.lax.psum(batch["labels"].size, parallel.AXIS)}
+    return state + fixed["factor"] * total, {"rows": jax.lax.psum(batch["labels"].size, parallel.AXIS)}
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -24,13 +24,14 @@ def test_a_train_step_sees_each_row_on_one_device_and_leaves_equal_copies(count)
     devices = jax.devices()[:count]
     step = parallel.map_train_step(averaging_step, devices)
     first, second = parallel.feed([BATCH, BATCH], layout_of(count), devices)
-    state, metrics = step(parallel.replicate(np.float32(1), devices), first)
-    assert np.asarray(state) == 1 + BATCH["images"].sum() / count
+    fixed = parallel.replicate({"factor": np.float32(2)}, devices)
+    state, metrics = step(parallel.replicate(np.float32(1), devices), first, fixed)
+    assert np.asarray(state) == 1 + 2 * BATCH["images"].sum() / count
     assert np.asarray(metrics["rows"]) == 12
     copies = [np.asarray(shard.data) for shard in state.addressable_shards]
     assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies)
-    state, _ = step(state, second)  # What a step returns feeds the next one.
-    assert np.asarray(state) == 1 + 2 * BATCH["images"].sum() / count
+    state, _ = step(state, second, fixed)  # What a step returns feeds the next one.
+    assert np.asarray(state) == 1 + 4 * BATCH["images"].sum() / count
 
 
 def test_parts_are_dealt_out_in_order_each_over_all_devices():

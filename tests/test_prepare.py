@@ -285,7 +285,17 @@ def test_no_tensorflow_is_imported(tmp_path):
     env = {"PYTHONPATH": str(tmp_path / "path")}
     prepared = start(["prepare", "--source", source, "--name", "ten", "--out", tmp_path / "out", "--processes", 1], env)
     assert prepared.wait() == 0
-    argv = ["train", "--config", "digits", "--data", "tfds:ten", "--data-dir", tmp_path / "out", "--in-chans", 3]
+    argv = [
+        "train",
+        "--config",
+        "digits",
+        "--data",
+        "tfds:ten",
+        "--data-dir",
+        tmp_path / "out",
+        "--preprocessing",
+        "cifar10",
+    ]
     argv += ["--image-size", 16, "--batch-size", 8, "--epochs", 1, "--workers", 1, "--workdir", tmp_path / "run"]
     assert start(argv, env).wait() == 0
     assert not (tmp_path / "trace").exists()

@@ -5,35 +5,38 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import convert_network, lively_network
+from conftest import lively_network
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
-from shufflenet_jax import parallel
+from shufflenet_jax import model, parallel
 from shufflenet_jax.config import MMPRETRAIN_EVAL, PRESETS
-from shufflenet_jax.data import transforms
+from shufflenet_jax.data import mixing, transforms
 from shufflenet_jax.data.pipeline import train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
+from shufflenet_jax.errors import InputError
 from shufflenet_jax.model import ShuffleNetV2, variable_shapes
 from shufflenet_jax.porting import convert, dialects, reference
 from shufflenet_jax.rows import Epoch, plan_layout
 from shufflenet_jax.training import (
+    averaged,
     create_state,
     cross_entropy,
     decay_table,
     decays,
-    make_optimizer,
+    distillation,
     make_schedule,
     train_step,
 )
 
 IN1K = PRESETS["in1k"]
 TOTAL = 375_600
+IN1K_EPOCH = Epoch(1_281_167, plan_layout(IN1K.batch_size, IN1K.bn_group_size, 1))
 NOISE = 1e-12  # Some thousand times what float64 rounds the stem's values by.
 
 
 def test_the_learning_rate_is_the_published_runs():
-    learning_rate = make_schedule(IN1K, TOTAL)
+    learning_rate = make_schedule(IN1K, IN1K_EPOCH)
     expected = {0: 0.05, 4999: 0.0493345, 5000: 0.493344, 187_800: 0.25, TOTAL - 1: 1.3312e-6}
     for step, rate in expected.items():
         assert_allclose(learning_rate(np.int32(step)), rate, rtol=1e-5, err_msg=str(step))  # Six printed digits.
@@ -43,12 +46,49 @@ def test_a_cosine_falls_as_pytorchs_does():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
-    learning_rate = make_schedule(PRESETS["cifar10"], 40)
+    learning_rate = make_schedule(dataclasses.replace(PRESETS["cifar10"], epochs=1), Epoch(40, plan_layout(1, 1, 1)))
     for step in range(40):
         # float32's resolution, of the rate and of the cosine's argument.
         assert_allclose(learning_rate(np.int32(step)), scheduler.get_last_lr()[0], rtol=1e-5, atol=1e-8)
         optimizer.step()
         scheduler.step()
+
+
+def test_the_learning_rate_of_in1k_torchvision_is_that_of_torchvisions_script():
+    config, steps = dataclasses.replace(PRESETS["in1k_torchvision"], epochs=40), 7
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=35, eta_min=0.0)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[5])
+    learning_rate = make_schedule(config, Epoch(steps, plan_layout(1, 1, 1)))
+    for epoch in range(40):
+        rates = [learning_rate(np.int32(epoch * steps + step)) for step in range(steps)]
+        assert_allclose(rates, scheduler.get_last_lr()[0], rtol=1e-5, atol=1e-8)  # float32's resolution, as above.
+        optimizer.step()
+        scheduler.step()
+
+
+def test_in1k_megvii_falls_to_zero_over_300000_steps_and_then_only_the_statistics_move():
+    learning_rate = make_schedule(PRESETS["in1k_megvii"], IN1K_EPOCH)
+    rates = [learning_rate(np.int32(step)) for step in (0, 150_000, 299_999, 300_000, 301_249)]
+    assert_allclose(rates, [0.5, 0.25, 0.5 / 300_000, 0, 0], rtol=1e-6)
+    assert not learning_rate(np.int32(300_000)) and PRESETS["in1k_megvii"].recalibrate == 1250
+
+
+def test_warm_up_in_a_line_runs_beside_the_schedule_unless_it_comes_first():
+    epoch = Epoch(100, plan_layout(10, 10, 1))
+    base = dataclasses.replace(IN1K, epochs=1, warmup_steps=2, warmup="linear", warmup_factor=0.5)
+    beside, first = (make_schedule(dataclasses.replace(base, warmup_first=flag), epoch) for flag in (False, True))
+    assert_allclose([beside(np.int32(step)) for step in range(4)], [0.25, 0.3375, 0.4, 0.35], rtol=1e-6)
+    assert_allclose([first(np.int32(step)) for step in range(4)], [0.25, 0.375, 0.5, 0.4375], rtol=1e-6)
+    with pytest.raises(InputError, match="the warm-up takes 10 steps of 10"):
+        make_schedule(dataclasses.replace(base, warmup_steps=10, warmup_first=True), epoch)
+
+
+def test_the_learning_rate_scales_with_the_batch_only_where_asked():
+    for scale_from, peak in ((0, 0.5), (1024, 0.125)):
+        config = dataclasses.replace(IN1K, batch_size=256, scale_lr_from=scale_from, warmup_steps=0)
+        assert make_schedule(config, IN1K_EPOCH)(np.int32(0)) == peak
 
 
 def test_an_epoch_of_in1k_has_1252_steps_and_its_last_has_16_groups_of_9():
@@ -58,7 +98,7 @@ def test_an_epoch_of_in1k_has_1252_steps_and_its_last_has_16_groups_of_9():
         assert (epoch.steps, epoch.steps * IN1K.epochs) == (1252, TOTAL)
         assert epoch.left == 144 and layout.groups == 16
         assert layout.rows * layout.parts * devices == 1024 and layout.rows <= 64
-        spans = layout.rows_of().spans
+        spans = layout.rows_of(0, 0).spans
         assert (len(spans) if spans else None) == (None if devices < 32 else 16)
 
 
@@ -75,14 +115,25 @@ def test_the_table_of_decay_adds_up(which):
     assert kinds["fc/bias"][2] == ("yes" if which == "no_norm" else "no")
 
 
-def test_smoothed_losses_are_pytorchs(x64):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 0.0, 2.0, 0.5, 1.0])])
+def test_losses_are_pytorchs(x64, smoothing, weights):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(6, 5)), rng.integers(0, 5, 6)
-    for smoothing in (0.0, 0.1):
-        theirs = torch.nn.functional.cross_entropy(
-            torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing, reduction="none"
-        )
-        assert_allclose(cross_entropy(logits, labels, smoothing), theirs, rtol=1e-12)
+    theirs = torch.nn.functional.cross_entropy(
+        *map(torch.from_numpy, (logits, labels)),
+        weight=None if weights is None else torch.from_numpy(weights),
+        label_smoothing=smoothing,
+        reduction="none",
+    )
+    assert_allclose(cross_entropy(logits, labels, smoothing, weights), theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_distillation_is_the_divergence_at_a_temperature(x64):
+    logits, taught = np.random.default_rng(0).normal(size=(2, 6, 5))
+    inputs, target = (torch.from_numpy(values / 3).log_softmax(1) for values in (logits, taught))
+    theirs = torch.nn.functional.kl_div(inputs, target, log_target=True, reduction="none").sum(1) * 9
+    assert_allclose(distillation(logits, jax.nn.softmax(taught / 3), 3.0), theirs, rtol=1e-12)
 
 
 def test_all_but_batch_norm_decays():
@@ -104,19 +155,19 @@ class Step:
         steps, batch_size = labels.shape
         changes = {"batch_size": batch_size, "bn_group_size": batch_size // groups, **recipe}
         # The last step is across the warm-up's edge.
-        self.config = dataclasses.replace(IN1K, warmup_steps=steps - 1, **changes)
+        self.config = dataclasses.replace(IN1K, **{"warmup_steps": steps - 1, **changes})
 
     def in_jax(self, dtype):
         module = dialects.module_for(self.tensors, self.rules).clone(dtype=np.dtype(dtype))
         variables, _ = dialects.from_torch(self.tensors, self.rules, module)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-        state = create_state(module, make_optimizer(self.config, TOTAL), variables)
+        layout = parallel.plan_batch(self.config, jax.devices()[:1])
+        epoch = Epoch(IN1K_EPOCH.steps * layout.batch_size, layout)
         batches = [{"images": i, "labels": y} for i, y in zip(self.images, self.labels, strict=True)]
-        state, metrics = run_steps(module, self.config, state, batches, jax.devices()[:1])
-        momentum = momentum_of(state)
-        tensors = dialects.to_torch(state.variables, self.rules, None)
-        momentum = dialects.to_torch({"params": momentum}, self.rules, None)
-        return self.by_kind(tensors, momentum), float(metrics["loss"])
+        state, metrics = run_steps(module, self.config, epoch, variables, batches, jax.devices()[:1])
+        trees = {"": state.variables, "momentum": {"params": momentum_of(state)}, "averaged": state.ema}
+        tensors = {name: dialects.to_torch(tree, self.rules, None) for name, tree in trees.items() if tree}
+        return by_kind(tensors), float(metrics["loss"])
 
     def in_pytorch(self, dtype):
         module = dialects.module_for(self.tensors, self.rules)
@@ -130,40 +181,58 @@ class Step:
         ]
         optimizer = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
         statistics = [buffer for key, buffer in network.named_buffers() if "running" in key]
+        average = torch.optim.swa_utils.AveragedModel(
+            network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema_decay), use_buffers=True
+        )
         for t, (images, labels) in enumerate(zip(self.images, self.labels, strict=True)):
             inputs = np.asarray(transforms.normalize(images, MMPRETRAIN_EVAL, dtype)).transpose(0, 3, 1, 2)
             for group in optimizer.param_groups:
-                group["lr"] = 0.5 * (TOTAL - t) / TOTAL * (0.1 if t < len(self.labels) - 1 else 1)
+                group["lr"] = 0.5 * (TOTAL - t) / TOTAL * (0.1 if t < self.config.warmup_steps else 1)
             optimizer.zero_grad()
             before, after, total = [buffer.clone() for buffer in statistics], [], 0.0
             # Each group is what a GPU of its own would see: its gradient is one of those that DDP averages.
-            for rows in np.split(np.arange(len(labels)), self.groups):
+            for group, rows in enumerate(np.split(np.arange(len(labels)), self.groups)):
                 for buffer, old in zip(statistics, before, strict=True):
                     buffer.copy_(old)
-                loss = torch.nn.functional.cross_entropy(
-                    network(torch.from_numpy(inputs[rows].copy()))[0],
-                    torch.from_numpy(labels[rows]).long(),
-                    label_smoothing=self.config.label_smoothing,
-                )
+                loss = self.loss_in_pytorch(network, inputs[rows], labels[rows], self.share(t, group))
                 (loss / self.groups).backward()
                 after.append([buffer.clone() for buffer in statistics])
                 total += loss.item() / self.groups
             for buffer, found in zip(statistics, zip(*after, strict=True), strict=True):
                 buffer.copy_(torch.stack(found).mean(0))
             optimizer.step()
+            average.update_parameters(network)
         momentum = {key: optimizer.state[p]["momentum_buffer"].numpy() for key, p in network.named_parameters()}
-        return self.by_kind({k: v.numpy() for k, v in network.state_dict().items()}, momentum), total
+        kept = {"": network, "averaged": average.module} if self.config.ema_decay else {"": network}
+        tensors = {name: {k: v.numpy() for k, v in module.state_dict().items()} for name, module in kept.items()}
+        return by_kind({**tensors, "momentum": momentum}), total
 
-    @staticmethod
-    def by_kind(tensors, momentum):
-        kinds = {}
+    def share(self, step, group):
+        """Of each image in its mixture, or None."""
+        if not self.config.mixup:
+            return None
+        key = jax.random.split(jax.random.fold_in(jax.random.key(self.config.seed), step))[1]
+        (share,), _ = mixing.draw(key, np.array([group]), self.config.mixup, 0, 8, 8)
+        return float(share)
+
+    def loss_in_pytorch(self, network, inputs, labels, share):
+        inputs, labels = torch.from_numpy(inputs.copy()), torch.from_numpy(labels).long()
+        loss = partial(torch.nn.functional.cross_entropy, label_smoothing=self.config.label_smoothing)
+        if share is None:
+            return loss(network(inputs)[0], labels)
+        logits = network(share * inputs + (1 - share) * inputs.roll(-1, 0))[0]
+        return share * loss(logits, labels) + (1 - share) * loss(logits, labels.roll(-1, 0))
+
+
+def by_kind(trees):
+    """{which: {key: array}} as {kind: {key: array}}."""
+    kinds = {}
+    for which, tensors in trees.items():
         for key, array in tensors.items():
             if not key.endswith("tracked"):
                 statistic = "running statistics" if "running" in key else "parameters"
-                kinds.setdefault(f"{statistic}, {kind(key, array)}", {})[key] = array
-        for key, array in momentum.items():
-            kinds.setdefault(f"momentum, {kind(key, array)}", {})[key] = array
-        return kinds
+                kinds.setdefault(f"{which} {statistic}, {kind(key, array)}", {})[key] = array
+    return kinds
 
 
 def kind(key, array):
@@ -181,13 +250,12 @@ def is_trace(node):
     return hasattr(node, "trace")
 
 
-def run_steps(module, config, state, batches, devices):
+def run_steps(module, config, epoch, variables, batches, devices):
     """The state and the last metrics after a step on each batch."""
-    layout = parallel.plan_batch(config, devices)
-    step = parallel.map_train_step(partial(train_step, module, config, layout), devices)
-    state = parallel.replicate(state, devices)
-    for batch in parallel.feed(batches, layout, devices):
-        state, metrics = step(state, batch)
+    step = parallel.map_train_step(partial(train_step, module, config, epoch), devices)
+    state = parallel.replicate(create_state(module, config, epoch, variables), devices)
+    for batch in parallel.feed(batches, epoch.layout, devices):
+        state, metrics = step(state, batch, {})
     return state, metrics
 
 
@@ -200,18 +268,24 @@ def assert_same_to(share, ours, theirs):
         assert difference <= share * largest, name
 
 
-@pytest.mark.parametrize(("dialect", "smoothing"), [("torchvision", 0.1), ("megvii", 0.0)])
-def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect, smoothing):
+@pytest.mark.parametrize("dialect", ["torchvision", "megvii"])
+def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect):
     network = lively_network(dialect)
     rng = np.random.default_rng(0)
     images = np.repeat(rng.integers(0, 256, (1, 8, 64, 64, 3), dtype=np.uint8), 2, axis=0)
     labels = np.repeat(rng.integers(0, 10, (1, 8)).astype(np.int32), 2, axis=0)
     tensors = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
-    step = Step(tensors, images, labels, dialect=dialect, label_smoothing=smoothing)
+    step = Step(tensors, images, labels, dialect=dialect)
     (ours, our_loss), (theirs, their_loss) = step.in_jax("float64"), step.in_pytorch("float64")
     assert_allclose(our_loss, their_loss, rtol=1e-9)
     # float64 rounds 1e-16; batch norm over 32 values a channel in stage4 and two steps amplify it.
     assert_same_to(1e-7, ours, theirs)
+
+
+@pytest.fixture
+def few_units(monkeypatch):
+    """Networks of 4 units instead of 16, of both kinds: they compile in a quarter of the time."""
+    monkeypatch.setattr(model, "UNITS", {"stage2": 2, "stage3": 1, "stage4": 1})
 
 
 ROUTES = {  # devices, parts
@@ -220,30 +294,35 @@ ROUTES = {  # devices, parts
     "one device in four parts": (1, 4),
     "four devices in two parts, each group on two of them": (4, 2),
 }
+EVERYTHING = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9}
 
 
-def test_devices_and_parts_do_not_change_a_training(x64):
+@pytest.mark.parametrize("recipe", [{}, EVERYTHING], ids=["in1k", "everything"])
+def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe):
     """Twenty steps over two epochs with uneven last batches; small ones, lest the network amplify rounding."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
     data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None)
     base = dataclasses.replace(IN1K, image_size=32, crop="center", batch_size=32, bn_group_size=8, learning_rate=1e-4)
-    module, variables = convert_network(lively_network("torchvision"), "torchvision")
-    module, variables = module.clone(small_stem=True, dtype=np.float64), jax.tree.map(np.float64, variables)
+    module = ShuffleNetV2(
+        width=0.5, num_classes=10, small_stem=True, dropout=recipe.get("dropout", 0), dtype=np.float64
+    )
+    variables = jax.tree.map(np.asarray, model.init_variables(module))
     ends = {}
     for name, (count, parts) in ROUTES.items():
-        config = dataclasses.replace(base, accumulate=parts, warmup_steps=10)
+        config = dataclasses.replace(base, accumulate=parts, warmup_steps=10, **recipe)
         devices = jax.devices()[:count]
-        layout = parallel.plan_batch(config, devices)
-        assert Epoch(len(data), layout).steps == 10 and Epoch(len(data), layout).left == 12
-        batches = list(train_batches(data, config, layout, stop_step=20))
+        epoch = Epoch(len(data), parallel.plan_batch(config, devices))
+        assert epoch.steps == 10 and epoch.left == 12
+        batches = list(train_batches(data, config, epoch.layout, stop_step=20))
         assert [batch["mask"].sum() for batch in batches if "mask" in batch] == [12, 12]
         batches = [{k: v for k, v in batch.items() if k != "damaged"} for batch in batches]
-        state = create_state(module, make_optimizer(config, 1000), variables)
-        state, metrics = run_steps(module, config, state, batches, devices)
+        state, metrics = run_steps(module, config, epoch, variables, batches, devices)
         for leaf in jax.tree.leaves(state):
             copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
             assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies), name
         kinds = {**state.variables, "momentum": momentum_of(state), "metrics": metrics}
+        if state.ema:
+            kinds |= {f"averaged {kind}": tree for kind, tree in state.ema.items()}
         ends[name] = {
             kind: {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
             for kind, tree in kinds.items()
@@ -251,6 +330,69 @@ def test_devices_and_parts_do_not_change_a_training(x64):
     expected = ends.pop("one device")
     for found in ends.values():
         assert_same_to(1e-7, found, expected)  # Sums in another order, in float64, amplified by twenty steps.
+
+
+def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_else_changed(x64, few_units):
+    rng = np.random.default_rng(0)
+    batches = [
+        {"images": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
+        for _ in range(5)
+    ]
+    config = dataclasses.replace(IN1K, image_size=32, batch_size=8, bn_group_size=4, steps=2, recalibrate=3)
+    module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, dtype=np.float64)
+    device = jax.devices()[:1]
+    epoch = Epoch(16, parallel.plan_batch(config, device))
+    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    learned, _ = run_steps(module, config, epoch, variables, batches[:2], device)
+    found, _ = run_steps(module, config, epoch, variables, batches, device)
+    jax.tree.map(np.testing.assert_array_equal, found.params, learned.params)
+
+    moved = []
+    for batch in batches[2:]:
+        inputs = transforms.normalize(batch["images"], config.preprocess, np.float64)
+        for group in np.split(np.asarray(inputs), 2):
+            empty = {**learned.variables, "batch_stats": jax.tree.map(np.zeros_like, learned.batch_stats)}
+            moved.append(module.apply(empty, group, train=True, mutable=["batch_stats"])[1]["batch_stats"])
+    expected = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves) / (1 - model.MOMENTUM), *moved)
+    # Float64's rounding through the depth of the network, relative to the smallest of variances.
+    jax.tree.map(partial(assert_allclose, rtol=1e-9, atol=1e-12), found.batch_stats, expected)
+
+
+def test_the_average_of_in1k_torchvision_copies_until_the_first_step_after_warm_up():
+    config = dataclasses.replace(PRESETS["in1k_torchvision"], epochs=8)
+    assert_allclose(config.ema_decay, 1 - 1024 * 32 / 600 * 2e-5, rtol=1e-12)
+    epoch = Epoch(40, plan_layout(1, 1, 1))  # Updates in steps 0 and 32 of its 40.
+    kept = 0.0
+    for step in range(8 * 40):
+        before, kept = kept, averaged(config, epoch, step, kept, float(step))
+        if step % 40 not in (0, 32):
+            assert kept == before
+        elif step <= 5 * 40:
+            assert kept == step
+        else:
+            assert_allclose(kept, config.ema_decay * before + (1 - config.ema_decay) * step, rtol=1e-6)
+
+
+def test_mixing_draws_once_a_group_from_the_distributions_asked_for():
+    groups = np.repeat(np.arange(2000), 2)
+    share, weights = mixing.draw(jax.random.key(0), groups, 0.2, 1.0, 8, 16)
+    for values in (share, weights):
+        assert np.array_equal(values[::2], values[1::2])
+    share, weights = np.asarray(share[::2]), np.asarray(weights[::2])
+    pasted = np.isin(weights, (0, 1)).all((1, 2)) & (share * 128 == np.round(share * 128))
+    assert 0.45 < pasted.mean() < 0.55
+    for own, pixels in zip(share[pasted], weights[pasted], strict=True):
+        rows, columns = (pixels == 0).any(1), (pixels == 0).any(0)
+        assert np.array_equal(pixels == 0, rows[:, None] & columns[None]) and own == pixels.mean()
+        assert (np.diff(np.flatnonzero(rows)) == 1).all() and (np.diff(np.flatnonzero(columns)) == 1).all()
+    blended = share[~pasted]
+    assert (weights[~pasted] == blended[:, None, None]).all()
+    # Beta(0.2, 0.2) has mean 1/2 and variance 0.25 / 1.4; a thousand draws are within four standard errors.
+    assert abs(blended.mean() - 0.5) < 0.055 and abs(blended.var() - 0.25 / 1.4) < 0.012
+    only_mixup, _ = mixing.draw(jax.random.key(1), groups, 1.0, 0, 8, 16)
+    assert abs(np.var(only_mixup[::2]) - 1 / 12) < 0.008  # Beta(1, 1) is uniform.
+    _, only_cutmix = mixing.draw(jax.random.key(1), groups, 0, 1.0, 8, 16)
+    assert set(np.unique(only_cutmix)) == {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +427,20 @@ def is_differentiable(image, weights):
     return all(torch.allclose(gradients[0], other, atol=1e-9) for other in gradients[1:])
 
 
+RECIPES = {
+    "in1k": {},
+    "label smoothing": {"label_smoothing": 0.1},
+    "mixup": {"mixup": 1.0},
+    # From the second step on, which is not yet across the warm-up's edge, it would still be a copy.
+    "ema": {"ema_decay": 0.9, "warmup_steps": 0},
+}
+
+
 @pytest.mark.real_data
-def test_three_steps_of_in1k_from_the_real_weights_on_real_images_are_pytorchs_in_float64(x64, real_steps):
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_three_steps_from_the_real_weights_on_real_images_are_pytorchs_in_float64(x64, real_steps, recipe):
     """Two groups of batch norm, across the warm-up's edge."""
-    step = Step(*real_steps, groups=2)
+    step = Step(*real_steps, groups=2, **recipe)
     (ours, our_loss), (theirs, their_loss) = step.in_jax("float64"), step.in_pytorch("float64")
     assert_allclose(our_loss, their_loss, rtol=1e-9)
     # A wrong term in any gradient is far above.

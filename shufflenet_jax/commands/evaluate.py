@@ -32,7 +32,8 @@ EXPECTED = {  # option: (figure, type, meaning)
 
 def main(argv):
     options = parse(argv)
-    module, variables, info = load_model(options.checkpoint, dtype=jnp.dtype(options.dtype), lowering=options.lowering)
+    settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
+    module, variables, info = load_model(options.checkpoint, ema=options.ema, **settings)
     if not info.num_classes:
         raise InputError(f"{options.checkpoint} has no classifier and so no accuracy; choose another checkpoint")
     source = open_source(
@@ -68,6 +69,7 @@ def main(argv):
 def parse(argv):
     parser = CommandLine(prog="eval.py", description=DESCRIPTION)
     parser.add_argument("--checkpoint", required=True, help="a model directory, a training workdir or a .pth file")
+    parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     parser.add_argument("--data", required=True, help="tfds:NAME, a folder of images, or digits: see README.md")
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")

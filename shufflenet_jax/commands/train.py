@@ -1,71 +1,81 @@
 """`train.py`: trains a preset, with any of its settings overridden; the same command again resumes."""
 
 import dataclasses
-import json
-import subprocess
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import simple_parsing
 
 from .. import checkpoint, parallel, plots
+from .. import workdir as workdirs
 from ..cli import CommandLine, progress, tell
 from ..config import PRESETS, ModelInfo, TrainConfig
 from ..data.pipeline import eval_batches, train_batches
-from ..data.sources import open_source
+from ..data.sources import KNOWN_SIZES, open_source
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate
-from ..files import written_aside
 from ..logs import Meter, MetricsLog
 from ..rows import Epoch
-from ..training import decay_table, init_state, make_schedule, train_step
+from ..targets import load_extras
+from ..training import count_steps, count_warmup, decay_table, init_state, make_schedule, peak_rate, train_step
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
-# A resumed run gives the same numbers whatever these say, up to rounding.
-FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "workers", "max_damaged"}
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # On which the numbers depend.
 
 
 def main(argv):
-    config, workdir = parse(argv)
+    config, options = parse(argv)
     jax.config.update("jax_enable_x64", config.dtype == "float64")
+    if options.print_schedule:
+        return print_schedule(config, options.print_schedule)
+    workdir = Path(options.workdir or f"runs/{options.config}").expanduser()
     train_source, eval_source = open_sources(config)
     info = describe(config, train_source)
-    layout = parallel.plan_batch(config)
-    epoch = Epoch(len(train_source), layout)
+    epoch = Epoch(len(train_source), parallel.plan_batch(config))
     require_trainable(config, epoch)
-    total_steps = config.epochs * epoch.steps
-    prepare_workdir(workdir, config, info)
+    learned = count_steps(config, epoch)
+    total_steps = learned + config.recalibrate
+    extras = load_extras(config, train_source, info)
+    workdirs.prepare(workdir, config, info)
 
-    module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), lowering=config.lowering, remat=config.remat)
+    settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial")}
+    module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
     evaluate_state = make_evaluate(module, config, eval_source)
-    step_fn = parallel.map_train_step(partial(train_step, module, config, layout))
+    step_fn = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=extras.teacher))
+    fixed = parallel.replicate(extras.fixed)
 
     with checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints:
-        state, start = resume(checkpoints, init_state(module, config, total_steps))
-        tell(f"{describe_run(config, epoch, total_steps)}\n{decay_table(state.params, config.decay)}")
-        log = MetricsLog(workdir / "metrics.jsonl", last_step=start)
-        report = make_report(config, log, epoch.steps, total_steps)
+        state, start = resume(checkpoints, init_state(module, config, epoch))
+        tell(f"{describe_run(config, epoch)}\n{decay_table(state.params, config.decay)}")
         batches = train_batches(
-            train_source, config, layout, start_step=start, stop_step=total_steps, workers=config.workers
+            train_source,
+            config,
+            epoch.layout,
+            start_step=start,
+            stop_step=total_steps,
+            workers=config.workers,
+            stored=extras.stored,
         )
-        batches = parallel.feed(without_damage(batches, config, len(train_source)), layout)
+        batches = parallel.feed(without_damage(batches, config, len(train_source)), epoch.layout)
         meter = Meter()
-        for step, batch in enumerate(shown(batches, epoch, start, total_steps), start=start + 1):
-            state, metrics = step_fn(state, batch)
-            meter.add(step, metrics, epoch.images(step - 1))
-            evaluating = step % (config.eval_every * epoch.steps) == 0 or step == total_steps
-            # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
-            if step % config.log_every == 0 or evaluating:
-                report(step, "train", finite(meter, checkpoints))
-            if evaluating:
-                figures, _ = evaluate_state(state.variables)
-                report(step, "eval", figures)
-                checkpoints.save(step, jax.device_get(state.variables), jax.device_get(state.optimizer), figures)
-                meter.restart()
+        with MetricsLog(workdir, last_step=start) as log:
+            report = make_report(config, log, epoch)
+            for step, batch in enumerate(shown(batches, epoch, start, total_steps), start=start + 1):
+                state, metrics = step_fn(state, batch, fixed)
+                meter.add(step, metrics, epoch.images(step - 1))
+                evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, total_steps)
+                # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
+                if step % config.log_every == 0 or evaluating:
+                    report(step, "train", finite(meter, checkpoints))
+                if evaluating:
+                    figures = evaluate_state(state.variables)
+                    report(step, "eval", figures)
+                    if state.ema:
+                        report(step, "eval_ema", evaluate_state(state.ema))
+                    checkpoints.save(step, jax.device_get(items_of(state)), figures)
+                    meter.restart()
 
     curves = plots.plot_curves(workdir, title=f"{config.width}x on {config.data}")
     tell(f"checkpoints: {checkpoints.directory}\ncurves: {curves}")
@@ -73,7 +83,7 @@ def main(argv):
 
 
 def parse(argv):
-    """The TrainConfig and the workdir that the command line asks for."""
+    """The TrainConfig that the command line asks for, and its other options."""
     first = CommandLine(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     name = first.parse_known_args(argv)[0].config
@@ -86,9 +96,16 @@ def parse(argv):
     )
     parser.add_argument("--config", required=True, choices=PRESETS, help="the preset: " + ", ".join(PRESETS))
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/ and the preset's name)")
+    parser.add_argument(
+        "--print-schedule",
+        metavar="FILE.png",
+        nargs="?",
+        const=True,
+        help="only print the learning rate over the run, and draw it into the file",
+    )
     parser.add_arguments(TrainConfig, dest="settings", default=PRESETS.get(name, PRESETS["digits"]))
     options = parser.parse_args(argv)
-    return options.settings, Path(options.workdir or f"runs/{options.config}").expanduser()
+    return options.settings, options
 
 
 class Parser(CommandLine, simple_parsing.ArgumentParser):
@@ -118,55 +135,19 @@ def describe(config, source):
     )
 
 
-def prepare_workdir(workdir, config, info):
-    """Writes config.json and model.json, or checks that the run which lies there has the same settings.
-
-    A run that has not saved a checkpoint yet may be started anew with other settings.
-    """
-    settings, stored = dataclasses.asdict(config), workdir / "config.json"
-    if stored.exists():
-        if checkpoint.has_steps(workdir):
-            require_same_settings(workdir, settings, stored)
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise InputError(f"{workdir} exists and is no training of ours; choose another --workdir")
-    record = {"settings": settings, "versions": {name: version(name) for name in LIBRARIES}, "commit": commit()}
-    for path, text in ((stored, json.dumps(record, indent=2) + "\n"), (workdir / checkpoint.INFO, info.to_json())):
-        with written_aside(path) as draft:
-            draft.write_text(text, encoding="utf-8")
-
-
-def commit():
-    """The commit of the checkout that this code runs from, with a `+` where it was changed since, or None."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def require_same_settings(workdir, settings, stored):
-    """Raises InputError if the run in a workdir has other settings that change its numbers."""
-    try:
-        before = dict(json.loads(stored.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{stored} is damaged: {error}; choose another --workdir") from error
-    changed = [key for key in settings if key not in FREE_TO_CHANGE and settings[key] != before.get(key)]
-    if changed:
-        told = ", ".join(f"{key} is {before.get(key)} there and {settings[key]} here" for key in changed)
-        raise InputError(f"{workdir} holds a run with other settings: {told}; choose another --workdir")
+def items_of(state):
+    """What a checkpoint holds of a State."""
+    items = {checkpoint.VARIABLES: state.variables, checkpoint.OPTIMIZER: state.optimizer}
+    return items | {checkpoint.EMA: state.ema} if state.ema else items
 
 
 def resume(checkpoints, state):
     """The state to go on from, on all devices, and how many steps it has behind it."""
     step = checkpoints.latest_step()
     if step is not None:
-        variables, optimizer = checkpoints.restore(step, state.variables, state.optimizer)
-        state = state.replace(**variables, **optimizer)
+        found = checkpoints.restore(step, items_of(state))
+        averages = found.get(checkpoint.EMA)
+        state = state.replace(**found[checkpoint.VARIABLES], **found[checkpoint.OPTIMIZER], ema=averages)
         tell(f"going on after step {step}")
     return parallel.replicate(state), step or 0
 
@@ -181,13 +162,18 @@ def require_trainable(config, epoch):
         )
 
 
-def describe_run(config, epoch, total_steps):
-    """What a run is going to do, in one line."""
-    layout, last = epoch.layout, "" if epoch.left == epoch.layout.batch_size else f", the last with {epoch.left} images"
+def describe_run(config, epoch):
+    """What a run is going to do, in two lines."""
+    layout = epoch.layout
+    last = "" if epoch.left == layout.batch_size else f", the last with {epoch.left} images"
     parts = f", in {layout.parts} parts" if layout.parts > 1 else ""
+    length = "epochs" if config.steps else f"{config.epochs} epochs"
+    further = f" and {config.recalibrate:,} for the running statistics" if config.recalibrate else ""
+    usual = f" ({config.learning_rate:g} for batches of {config.scale_lr_from})" if config.scale_lr_from else ""
     return (
-        f"{epoch.size:,} images, {config.epochs} epochs of {epoch.steps:,} steps{last}: {total_steps:,} steps; "
-        f"batches of {layout.batch_size} on {layout.devices} device(s){parts}, batch statistics over {layout.group}"
+        f"{epoch.size:,} images, {length} of {epoch.steps:,} steps{last}: {count_steps(config, epoch):,} steps"
+        f"{further}\nbatches of {layout.batch_size} on {layout.devices} device(s){parts}, batch statistics over "
+        f"{layout.group}; learning rate {peak_rate(config):g}{usual}, {config.schedule}"
     )
 
 
@@ -212,12 +198,17 @@ def make_evaluate(module, config, source):
     step = parallel.map_eval_step(partial(eval_step, module, config.preprocess))
     fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.local_device_count()
     batch_size = min(config.eval_batch_size, len(source), fitting)
-    return lambda variables: evaluate(step, variables, eval_batches(source, config.preprocess, batch_size=batch_size))
+
+    def evaluate_state(variables):
+        figures, _ = evaluate(step, variables, eval_batches(source, config.preprocess, batch_size=batch_size))
+        return figures
+
+    return evaluate_state
 
 
-def make_report(config, log, steps, total_steps):
+def make_report(config, log, epoch):
     """A function that logs a row of figures, and tells those of an evaluation on stderr."""
-    learning_rate = make_schedule(config, total_steps)
+    learning_rate = make_schedule(config, epoch)
 
     def report(step, split, figures):
         if figures is None:
@@ -225,15 +216,16 @@ def make_report(config, log, steps, total_steps):
         names = ("loss", "top1", "top5")
         row = log.write(
             step=step,
-            epoch=round(step / steps, 4),
+            epoch=round(step / epoch.steps, 4),
             split=split,
             **{name: figures[name] for name in names},
             lr=float(learning_rate(step - 1)),
             images_per_second=figures.get("images_per_second"),
             grad_norm=figures.get("grad_norm"),
         )
-        if split == "eval":
-            told = f"step {step}, epoch {row['epoch']:.1f}: top-1 {row['top1']:.2f} %, loss {row['loss']:.4f}"
+        if split != "train":
+            whose = " of the average" if split == "eval_ema" else ""
+            told = f"step {step}, epoch {row['epoch']:.1f}: top-1{whose} {row['top1']:.2f} %, loss {row['loss']:.4f}"
             tell(told)
 
     return report
@@ -256,9 +248,32 @@ def without_damage(batches, config, examples):
 
 def shown(batches, epoch, start, total_steps):
     """The batches as they come, with a progress bar in images."""
-    done, total = (step // epoch.steps * epoch.padded for step in (start, total_steps))
-    done += start % epoch.steps * epoch.layout.batch_size
+    done, total = map(epoch.images_before, (start, total_steps))
     with progress(total=total, initial=done, unit="image", desc="training") as bar:
         for step, batch in enumerate(batches, start=start):
             yield batch
             bar.update(epoch.images(step))
+
+
+def print_schedule(config, picture):
+    """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
+    try:
+        size = len(open_source(config.data, config.train_split, data_dir=config.data_dir))
+    except InputError:
+        if config.data not in KNOWN_SIZES:
+            raise
+        size = KNOWN_SIZES[config.data]
+    epoch = Epoch(size, parallel.plan_batch(config))
+    total, warmup = count_steps(config, epoch), count_warmup(config, epoch)
+    schedule = jax.jit(jax.vmap(make_schedule(config, epoch)))
+    edges = {warmup - 1, warmup} if warmup else set()
+    steps = np.array(sorted({*edges, *range(0, total, -(-total // 20)), total - 1}))
+    rates = schedule(steps)
+    print(f"{describe_run(config, epoch)}\n{'step':>10}{'epoch':>9}{'learning rate':>15}")
+    for step, rate in zip(steps, rates, strict=True):
+        print(f"{step:10,}{step / epoch.steps:9.2f}{rate:15.6g}  {'#' * round(float(40 * rate / peak_rate(config)))}")
+    if picture is not True:
+        every = np.unique(np.linspace(0, total - 1, 2000).astype(int))
+        plots.plot_schedule(every / epoch.steps, schedule(every), Path(picture))
+        print(f"picture: {picture}")
+    return 0

@@ -45,7 +45,9 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1,
     return _batches(rows.map(load), batch_size // hosts, workers, threads)
 
 
-def train_batches(source, config, layout=None, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None):
+def train_batches(
+    source, config, layout=None, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None, stored=None
+):
     """The batches of steps start_step .. stop_step - 1. Every pass over the data has an order of its own.
 
     Each row is a pure function of the seed and its position in the run. A damaged image is replaced by the next sound
@@ -56,29 +58,40 @@ def train_batches(source, config, layout=None, *, start_step=0, stop_step, host=
       config: a TrainConfig: batch size, seed, preprocessing and augmentation.
       layout: the Layout of a batch; by default that of a single device.
       host, hosts, workers, threads: as in `eval_batches`; a host reads its slice of each part of a batch.
+      stored: a teacher's {"label": (N,), "logits": (N, num_classes)} of the examples.
     Returns:
       An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "flip": bool (b,), "erase": int32 (b, 4) with
       top, left, height and width of a rectangle, "damaged": str (b,)}; the last names the image that had to be
-      replaced, or is empty. The last batch of a pass that is not full also has "mask": float32 (b,), 0 for padding.
+      replaced, or is empty. The last batch of a pass that is not full also has "mask": float32 (b,), 0 for padding;
+      with stored logits there is "teacher": (b, num_classes).
+    Raises:
+      InputError: no image can be read, or stored logits belong to other examples.
     """
     layout = layout or plan_layout(config.batch_size, config.bn_group_size, 1, parts=1)
-    size, preprocess, whole = len(source), config.preprocess, Epoch(len(source), layout)
+    size, preprocess, whole = len(source), config.train_preprocess, Epoch(len(source), layout)
+
+    def readable(index, seed):
+        """(index, row) of the first sound image from an index on."""
+        damaged = ""
+        for found in (i % size for i in range(index, index + size)):
+            try:
+                example = source[found]
+                # A new generator for each try: what a damaged image has drawn must not matter.
+                row = augment.training_row(example, config, preprocess, np.random.default_rng(seed))
+                return found, {**row, "labels": np.int32(example.label), "damaged": damaged}
+            except InputError as error:
+                damaged = damaged or str(error)
+        raise InputError(f"no image of the training data can be read; the first: {damaged}")
 
     def load(position):
         epoch, place, real = whole.find(*divmod(position, layout.batch_size))
         index = shuffled(place % size // config.repeats, size, config.seed, epoch)
-        seed = (config.seed, epoch * whole.padded + place)
-        damaged = ""
-        for offset in range(size):
-            try:
-                example = source[(index + offset) % size]
-                # A new generator for each try: what a damaged image has drawn must not matter.
-                row = augment.training_row(example, config, preprocess, np.random.default_rng(seed))
-                row = {**row, "labels": np.int32(example.label), "damaged": damaged}
-                return row if real is None else {**row, "mask": np.float32(real)}
-            except InputError as error:
-                damaged = damaged or str(error)
-        raise InputError(f"no image of the training data can be read; the first: {damaged}")
+        index, row = readable(index, seed=(config.seed, epoch * whole.padded + place))
+        if stored:
+            if stored["label"][index] != row["labels"]:
+                raise InputError(f"the teacher's predictions belong to other data: example {index} has another label")
+            row["teacher"] = stored["logits"][index]
+        return row if real is None else {**row, "mask": np.float32(real)}
 
     part, parts = layout.batch_size // layout.parts, layout.parts
     rows = _host_rows(part, start_step * parts, stop_step * parts, host, hosts)

@@ -11,6 +11,7 @@ from ..errors import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 EVAL_SPLITS = ("val", "validation", "test")
+KNOWN_SIZES = {"tfds:imagenet2012": 1_281_167, "tfds:cifar10": 50_000}  # Training images, where there are none yet.
 ADVICE = "choose a checkpoint that was trained on these classes"
 
 

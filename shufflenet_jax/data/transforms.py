@@ -194,12 +194,15 @@ def network_inputs(batch, preprocess, dtype=jnp.float32):
         images = jnp.where(batch["flip"][:, None, None, None], images[:, :, ::-1], images)
     inputs = normalize(images, preprocess, dtype)
     if "erase" in batch:
-        top, left, height, width = (column[:, None] for column in batch["erase"].T)
-        rows, columns = (jnp.arange(side)[None] for side in inputs.shape[1:3])
-        inside_rows = (rows >= top) & (rows < top + height)
-        inside = inside_rows[:, :, None] & ((columns >= left) & (columns < left + width))[:, None]
-        inputs = jnp.where(inside[..., None], 0, inputs)
+        inputs = jnp.where(inside(batch["erase"], *inputs.shape[1:3])[..., None], 0, inputs)
     return inputs
+
+
+def inside(boxes, height, width):
+    """(B, height, width): which pixels lie in a rectangle each, (B, 4) with top, left, height and width."""
+    top, left, tall, wide = (column[:, None] for column in boxes.T)
+    rows, columns = (jnp.arange(side)[None] for side in (height, width))
+    return ((rows >= top) & (rows < top + tall))[:, :, None] & ((columns >= left) & (columns < left + wide))[:, None]
 
 
 def normalize(images, preprocess, dtype=jnp.float32):

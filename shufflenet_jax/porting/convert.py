@@ -266,9 +266,9 @@ def table(rows):
     return "\n".join(lines)
 
 
-def into_cache(path, directory):
+def into_cache(path, directory, *, ema):
     """Converts a .pth file, verifies it and leaves the model directory."""
-    conversion = convert(read(path))
+    conversion = convert(read(path, ema=ema))
     rows = verify(conversion)
     if not all(row.passed for row in rows):
         raise InputError(f"{path} gives other numbers in JAX than in PyTorch:\n{table(rows)}")

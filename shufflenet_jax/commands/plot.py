@@ -1,0 +1,16 @@
+"""`python -m shufflenet_jax plot`: draws the curves of a training, finished or not."""
+
+from pathlib import Path
+
+from ..cli import CommandLine
+from ..plots import plot_curves
+
+DESCRIPTION = "Draw loss, accuracy and learning rate of a training into its folder."
+
+
+def main(argv):
+    parser = CommandLine(prog="shufflenet-jax plot", description=DESCRIPTION)
+    parser.add_argument("workdir", help="the folder of the training")
+    options = parser.parse_args(argv)
+    print(plot_curves(Path(options.workdir).expanduser()))
+    return 0
