@@ -60,10 +60,10 @@ def test_every_setting_of_a_training_has_its_meaning_in_help():
 
 
 def test_overrides_on_the_command_line_win_over_the_preset():
-    config, workdir = parse(["--config", "digits", "--width", "1.5", "--batch-size", "32", "--remat"])
+    config, options = parse(["--config", "digits", "--width", "1.5", "--batch-size", "32", "--remat"])
     changes = {"width": 1.5, "batch_size": 32, "remat": True}
     assert config == dataclasses.replace(PRESETS["digits"], **changes)
-    assert str(workdir) == "runs/digits"
+    assert options.config == "digits" and options.workdir is None
 
 
 def test_large_images_are_evaluated_as_mmpretrain_does():

@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
 from shufflenet_jax.model import CHANNELS, FEATURES, BatchNorm, ShuffleNetV2, init_variables, variable_shapes
+from shufflenet_jax.porting import reference
 from shufflenet_jax.rows import Rows
 
 PARAMETERS = {  # (layout, width): parameters of the published files, from running their code
@@ -75,6 +76,25 @@ def test_initial_weights_follow_mmpretrain():
         # The standard deviation of n normal values scatters by 1 / sqrt(2 n); five of those.
         assert_allclose(np.std(kernel), expected, rtol=5 / np.sqrt(2 * kernel.size), err_msg=layer)
     assert not np.any(params["fc"]["bias"])
+
+
+def test_initial_weights_may_be_pytorchs_own():
+    params = init_variables(ShuffleNetV2(width=0.5, initial="pytorch"))["params"]
+    torch.manual_seed(0)
+    theirs = reference.NETWORKS["torchvision"](0.5, 1000).state_dict()
+    pairs = [
+        (params["conv1"]["conv"]["kernel"], theirs["conv1.0.weight"]),
+        (params["stage4_unit1"]["right_dw"]["conv"]["kernel"], theirs["stage4.1.branch2.3.weight"]),
+        (params["stage4_unit1"]["right_pw1"]["conv"]["kernel"], theirs["stage4.1.branch2.0.weight"]),
+        (params["fc"]["kernel"], theirs["fc.weight"]),
+        (params["fc"]["bias"], theirs["fc.bias"]),
+    ]
+    for ours, theirs in pairs:
+        assert ours.size == theirs.numel()
+        # The largest of n uniform values is off by 1 / n or so; the smallest tensor here has 648.
+        assert_allclose(np.abs(ours).max(), theirs.abs().max(), rtol=0.02)
+        # Their standard deviation scatters by less than 0.5 / sqrt(n); five of those, on both sides.
+        assert_allclose(np.std(ours), theirs.std(), rtol=7 / np.sqrt(4 * ours.size))
 
 
 def test_lowerings_and_rematerialisation_give_the_same_numbers_and_gradients(x64):

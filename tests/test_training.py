@@ -42,16 +42,23 @@ def test_the_learning_rate_is_the_published_runs():
         assert_allclose(learning_rate(np.int32(step)), rate, rtol=1e-5, err_msg=str(step))  # Six printed digits.
 
 
-def test_a_cosine_falls_as_pytorchs_does():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
-    learning_rate = make_schedule(dataclasses.replace(PRESETS["cifar10"], epochs=1), Epoch(40, plan_layout(1, 1, 1)))
-    for step in range(40):
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_a_cosine_falls_as_pytorchs_does(every):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    length = 40 if every == "epoch" else 120
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
+    config = dataclasses.replace(PRESETS["cifar10"], epochs=40, lr_every=every)
+    learning_rate = make_schedule(config, epoch_of(3))
+    for step in range(120):
         # float32's resolution, of the rate and of the cosine's argument.
         assert_allclose(learning_rate(np.int32(step)), scheduler.get_last_lr()[0], rtol=1e-5, atol=1e-8)
-        optimizer.step()
-        scheduler.step()
+        if every == "step" or step % 3 == 2:
+            optimizer.step()
+            scheduler.step()
+
+
+def epoch_of(steps):
+    return Epoch(steps, plan_layout(1, 1, 1))
 
 
 def test_the_learning_rate_of_in1k_torchvision_is_that_of_torchvisions_script():
@@ -60,7 +67,7 @@ def test_the_learning_rate_of_in1k_torchvision_is_that_of_torchvisions_script():
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=5)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=35, eta_min=0.0)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[5])
-    learning_rate = make_schedule(config, Epoch(steps, plan_layout(1, 1, 1)))
+    learning_rate = make_schedule(config, epoch_of(steps))
     for epoch in range(40):
         rates = [learning_rate(np.int32(epoch * steps + step)) for step in range(steps)]
         assert_allclose(rates, scheduler.get_last_lr()[0], rtol=1e-5, atol=1e-8)  # float32's resolution, as above.
@@ -76,7 +83,7 @@ def test_in1k_megvii_falls_to_zero_over_300000_steps_and_then_only_the_statistic
 
 
 def test_warm_up_in_a_line_runs_beside_the_schedule_unless_it_comes_first():
-    epoch = Epoch(100, plan_layout(10, 10, 1))
+    epoch = epoch_of(10)
     base = dataclasses.replace(IN1K, epochs=1, warmup_steps=2, warmup="linear", warmup_factor=0.5)
     beside, first = (make_schedule(dataclasses.replace(base, warmup_first=flag), epoch) for flag in (False, True))
     assert_allclose([beside(np.int32(step)) for step in range(4)], [0.25, 0.3375, 0.4, 0.35], rtol=1e-6)
@@ -288,17 +295,16 @@ def few_units(monkeypatch):
     monkeypatch.setattr(model, "UNITS", {"stage2": 2, "stage3": 1, "stage4": 1})
 
 
-ROUTES = {  # devices, parts
-    "one device": (1, 1),
-    "four devices": (4, 1),
-    "one device in four parts": (1, 4),
-    "four devices in two parts, each group on two of them": (4, 2),
-}
+ALONE, TOGETHER = (1, 1), (4, 2)  # Devices and parts; in the latter, each group is on two devices.
 EVERYTHING = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9}
 
 
-@pytest.mark.parametrize("recipe", [{}, EVERYTHING], ids=["in1k", "everything"])
-def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "routes"),
+    [({}, [ALONE, (4, 1), (1, 4), TOGETHER]), (EVERYTHING, [ALONE, TOGETHER])],
+    ids=["in1k", "everything"],
+)
+def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe, routes):
     """Twenty steps over two epochs with uneven last batches; small ones, lest the network amplify rounding."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
     data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None)
@@ -308,7 +314,7 @@ def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe):
     )
     variables = jax.tree.map(np.asarray, model.init_variables(module))
     ends = {}
-    for name, (count, parts) in ROUTES.items():
+    for count, parts in routes:
         config = dataclasses.replace(base, accumulate=parts, warmup_steps=10, **recipe)
         devices = jax.devices()[:count]
         epoch = Epoch(len(data), parallel.plan_batch(config, devices))
@@ -319,15 +325,15 @@ def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe):
         state, metrics = run_steps(module, config, epoch, variables, batches, devices)
         for leaf in jax.tree.leaves(state):
             copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-            assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies), name
+            assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies)
         kinds = {**state.variables, "momentum": momentum_of(state), "metrics": metrics}
         if state.ema:
             kinds |= {f"averaged {kind}": tree for kind, tree in state.ema.items()}
-        ends[name] = {
+        ends[count, parts] = {
             kind: {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
             for kind, tree in kinds.items()
         }
-    expected = ends.pop("one device")
+    expected = ends.pop(ALONE)
     for found in ends.values():
         assert_same_to(1e-7, found, expected)  # Sums in another order, in float64, amplified by twenty steps.
 
@@ -361,7 +367,7 @@ def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_els
 def test_the_average_of_in1k_torchvision_copies_until_the_first_step_after_warm_up():
     config = dataclasses.replace(PRESETS["in1k_torchvision"], epochs=8)
     assert_allclose(config.ema_decay, 1 - 1024 * 32 / 600 * 2e-5, rtol=1e-12)
-    epoch = Epoch(40, plan_layout(1, 1, 1))  # Updates in steps 0 and 32 of its 40.
+    epoch = epoch_of(40)  # Updates in steps 0 and 32 of its 40.
     kept = 0.0
     for step in range(8 * 40):
         before, kept = kept, averaged(config, epoch, step, kept, float(step))
