@@ -17,7 +17,7 @@ from shufflenet_jax.config import (
 )
 from shufflenet_jax.data import transforms
 from shufflenet_jax.data.labels import imagenet_classes
-from shufflenet_jax.data.pipeline import eval_batches, train_batches
+from shufflenet_jax.data.pipeline import eval_batches, shuffled, train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
 from shufflenet_jax.errors import InputError
 
@@ -230,6 +230,17 @@ def test_every_pass_over_the_training_data_takes_each_example_once_in_an_order_o
     assert len({tuple(row) for row in numbers}) == 3
     again = train_batches(numbered(20), config(seed=1), stop_step=2)
     assert tuple(np.concatenate([batch["images"][:, 0, 0, 0] for batch in again])) != tuple(numbers[0])
+
+
+def test_the_order_of_a_pass_is_as_random_as_a_permutation():
+    size, batch, kinds = 20_000, 256, 10
+    order = np.array([shuffled(place, size, seed=0, epoch=0) for place in range(size)])
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / np.sqrt(size)  # Five standard errors.
+    batches = (order * kinds // size)[: size // batch * batch].reshape(-1, batch)
+    counts = np.array([np.bincount(row, minlength=kinds) for row in batches])
+    # Chi-square of 9 degrees of freedom: mean 9, variance 18. Lower means more even batches than chance makes.
+    chi = ((counts - batch / kinds) ** 2 / (batch / kinds)).sum(1)
+    assert abs(chi.mean() - 9) < 4 * np.sqrt(18 / len(batches))
 
 
 def test_repeated_augmentation_uses_each_image_several_times_in_a_row():

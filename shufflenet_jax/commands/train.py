@@ -271,7 +271,8 @@ def print_schedule(config, picture):
     rates = schedule(steps)
     print(f"{describe_run(config, epoch)}\n{'step':>10}{'epoch':>9}{'learning rate':>15}")
     for step, rate in zip(steps, rates, strict=True):
-        print(f"{step:10,}{step / epoch.steps:9.2f}{rate:15.6g}  {'#' * round(float(40 * rate / peak_rate(config)))}")
+        bar = "#" * round(float(40 * rate / peak_rate(config)))
+        print(f"{step:10,}{step / epoch.steps:9.2f}{rate:15.6g}  {bar}".rstrip())
     if picture is not True:
         every = np.unique(np.linspace(0, total - 1, 2000).astype(int))
         plots.plot_schedule(every / epoch.steps, schedule(every), Path(picture))

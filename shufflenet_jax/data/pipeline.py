@@ -100,7 +100,7 @@ def train_batches(
 
 def shuffled(place, size, seed, epoch):
     """What comes at a place of a pass over `size` examples: a permutation computed place by place, never stored."""
-    return index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+    return index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=8)
 
 
 @functools.lru_cache(8)
