@@ -15,16 +15,15 @@ from shufflenet_jax.data import mixing, transforms
 from shufflenet_jax.data.pipeline import train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.losses import cross_entropy, distillation
 from shufflenet_jax.model import ShuffleNetV2, variable_shapes
 from shufflenet_jax.porting import convert, dialects, reference
 from shufflenet_jax.rows import Epoch, plan_layout
 from shufflenet_jax.training import (
     averaged,
     create_state,
-    cross_entropy,
     decay_table,
     decays,
-    distillation,
     make_schedule,
     train_step,
 )
