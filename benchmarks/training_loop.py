@@ -65,8 +65,9 @@ def contenders(options, folder):
     from shufflenet_jax.data.pipeline import train_batches
     from shufflenet_jax.data.sources import open_source
     from shufflenet_jax.logs import Meter, MetricsLog
+    from shufflenet_jax.model import init_variables
     from shufflenet_jax.rows import Epoch
-    from shufflenet_jax.training import init_state, train_step
+    from shufflenet_jax.training import create_state, train_step
 
     data = options.data or random_images(folder / "images")
     config = dataclasses.replace(
@@ -80,7 +81,7 @@ def contenders(options, folder):
     epoch = Epoch(len(source), parallel.plan_batch(config))
     module = checkpoint.module_of(train.describe(config, source))
     step_fn = parallel.map_train_step(partial(train_step, module, config, epoch))
-    state = parallel.replicate(init_state(module, config, epoch))
+    state = parallel.replicate(create_state(module, config, epoch, init_variables(module)))
     steps = min(options.steps, epoch.steps - 1)
     assert steps == options.steps, "more steps than an epoch has would compile another program for its last batch"
 

@@ -68,6 +68,7 @@ class Preprocess:
         return len(self.mean)
 
 
+LAYERS = ("conv1", "stage2", "stage3", "stage4", "conv5")  # Of the backbone.
 WIDTHS = (0.5, 1.0, 1.5, 2.0)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MMPRETRAIN_EVAL = Preprocess(
@@ -148,6 +149,10 @@ class TrainConfig:
     layout: Literal["torchvision", "megvii"] = "torchvision"
     # First convolution with stride 1 and no max pool after it, for images of 16 to 64 pixels.
     small_stem: bool = False
+    # Checkpoint, of any form, to begin with; a classifier for other classes is made anew.
+    init_from: str | None = None
+    # What stays as it is, its batch norm in inference mode, like "conv1,stage2"; "backbone": all but the classifier.
+    freeze: str = ""
     # Whose initial weights: MMPretrain's and the authors', or PyTorch's own, which torchvision's networks begin with.
     initial: Literal["mmpretrain", "pytorch"] = "mmpretrain"
     # Whose way to decode, scale and normalise images; "digits" makes them grey.
@@ -302,8 +307,17 @@ class TrainConfig:
             raise InputError(f"temperature is {self.temperature}, but must be more than 0")
         if self.preprocess.crop > self.preprocess.resize:
             raise InputError(f"eval_resize is {self.eval_resize}, but must be at least what evaluation cuts")
+        unknown = set(self.freeze.split(",")) - {*LAYERS, "backbone", ""}
+        if unknown:
+            raise InputError(f"freeze names {', '.join(unknown)}, but there are backbone and {', '.join(LAYERS)}")
         if self.nesterov and not self.momentum:
             raise InputError("nesterov is a form of momentum, but momentum is 0")
+
+    @property
+    def frozen(self):
+        """The layers and stages that stay as they are."""
+        named = self.freeze.split(",")
+        return tuple(name for name in LAYERS if name in named or "backbone" in named)
 
     @property
     def in_chans(self):

@@ -193,6 +193,9 @@ class ShuffleNetV2(nn.Module):
     lowering: str = "auto"  # See ops.py; "plain" is the reference.
     folded: bool = False  # For inference alone: batch norm is part of the convolutions, as `deploy.fold` makes it.
     remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
+    frozen: tuple[
+        str, ...
+    ] = ()  # Layers and stages whose batch norm predicts in training too, like ("conv1", "stage2").
     initial: str = "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
 
     @nn.compact
@@ -208,24 +211,30 @@ class ShuffleNetV2(nn.Module):
 
         *stage_channels, conv5_channels = CHANNELS[self.width]
         names = ("dtype", "lowering", "folded", "initial")
-        common = {"train": train, **{name: getattr(self, name) for name in names}}
+        common = {name: getattr(self, name) for name in names}
+
+        def training(layer):
+            return train and layer not in self.frozen
+
         unit = nn.remat(Unit) if self.remat else Unit
         lower = ops.resolve(self.lowering)
         features, rows = {}, rows or Rows()
 
         x = lower.enter(images.astype(self.dtype))
-        x = ConvBN(STEM_CHANNELS, 3, stride=1 if self.small_stem else 2, stddev=0.01, name="conv1", **common)(x, rows)
+        stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2, "stddev": 0.01}
+        x = ConvBN(STEM_CHANNELS, 3, **stem, name="conv1", **common)(x, rows)
         x = x if self.small_stem else lower.max_pool(x)
         features["stem"] = lower.leave(x)  # (B, H/4, W/4, 24)
         for (stage, units), channels in zip(UNITS.items(), stage_channels, strict=True):
             for index in range(units):
                 stride = 2 if index == 0 else 1
-                x = unit(channels, stride, self.layout, name=f"{stage}_unit{index}", **common)(x, rows)
+                settings = {"train": training(stage), "name": f"{stage}_unit{index}", **common}
+                x = unit(channels, stride, self.layout, **settings)(x, rows)
             features[stage] = lower.leave(x)  # (B, H/8 ... H/32, W/8 ... W/32, channels)
         if not self.conv5:
             return None, features
 
-        x = ConvBN(conv5_channels, 1, name="conv5", **common)(x, rows)
+        x = ConvBN(conv5_channels, 1, train=training("conv5"), name="conv5", **common)(x, rows)
         features["conv5"] = lower.leave(x)
         stored = _stored(self.dtype)
         features["pooled"] = x = lower.global_mean(x.astype(stored))  # (B, conv5's channels)

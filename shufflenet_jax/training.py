@@ -17,7 +17,7 @@ from .data import mixing, transforms
 from .errors import InputError
 from .evaluation import label_ranks
 from .losses import image_losses
-from .model import MOMENTUM, init_variables
+from .model import MOMENTUM
 from .rows import AXIS
 
 
@@ -52,11 +52,6 @@ def create_state(module, config, epoch, variables):
         # Copies, for the step overwrites both.
         ema=jax.tree.map(jnp.array, variables) if config.ema_decay else None,
     ).replace(step=jnp.zeros((), jnp.int32))
-
-
-def init_state(module, config, epoch):
-    """The same from the seed of a run's TrainConfig."""
-    return create_state(module, config, epoch, init_variables(module, seed=config.seed))
 
 
 def count_steps(config, epoch):
@@ -108,15 +103,17 @@ def make_optimizer(config, epoch):
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(
         *clip,
-        optax.add_decayed_weights(config.weight_decay, lambda params: decays(params, config.decay)),
+        optax.add_decayed_weights(config.weight_decay, lambda params: decays(params, config.decay, config.frozen)),
         optax.sgd(make_schedule(config, epoch), momentum=config.momentum, nesterov=config.nesterov),
     )
 
 
-def decays(params, which="no_norm"):
-    """A tree of booleans: whether L2 applies, by a TrainConfig's `decay`."""
+def decays(params, which="no_norm", frozen=()):
+    """A tree of booleans: whether L2 applies, by a TrainConfig's `decay` and `frozen`."""
 
     def applies(path, leaf):
+        if is_frozen(path, frozen):
+            return False
         if which == "matrices":
             return leaf.ndim > 1
         return which == "all" or all(entry.key != "bn" for entry in path)
@@ -124,11 +121,20 @@ def decays(params, which="no_norm"):
     return jax.tree.map_with_path(applies, params)
 
 
-def decay_table(params, which):
-    """Which parameters decay, in lines: kind, tensors, numbers, and whether L2 applies."""
-    kinds = {}
+def is_frozen(path, frozen):
+    """Whether the leaf at a path of the parameters belongs to a frozen layer or stage."""
+    return path[0].key.partition("_unit")[0] in frozen
+
+
+def decay_table(params, which, frozen=()):
+    """Which parameters decay, in lines: kind, tensors, numbers, and whether L2 applies; then what is frozen."""
+    kinds, still = {}, [0, 0]
     flags = jax.tree.leaves(decays(params, which))
     for (path, leaf), applies in zip(jax.tree.leaves_with_path(params), flags, strict=True):
+        if is_frozen(path, frozen):
+            still[0] += 1
+            still[1] += leaf.size
+            continue
         *above, layer, name = (entry.key for entry in path)
         depthwise = layer == "conv" and above[-1].endswith("_dw")
         kind = f"{'depthwise ' if depthwise else ''}{layer}/{name}"
@@ -136,6 +142,8 @@ def decay_table(params, which):
         kinds[kind] = tensors + 1, numbers + leaf.size, applies
     rows = [f"{'parameters':24}{'tensors':>8}{'numbers':>12}  weight decay"]
     rows += [f"{kind:24}{n:8}{size:12,}  {'yes' if on else 'no'}" for kind, (n, size, on) in kinds.items()]
+    if frozen:
+        rows.append(f"{'frozen':24}{still[0]:8}{still[1]:12,}  {', '.join(frozen)}, with their statistics")
     return "\n".join(rows)
 
 
@@ -169,6 +177,9 @@ def train_step(module, config, epoch, state, batch, fixed, *, teacher=None):
             targets["teacher"] = teacher.module.apply(fixed["teacher"], inputs(teacher.preprocess, module.dtype))[0]
 
         def loss_fn(params):
+            params = jax.tree.map_with_path(
+                lambda path, leaf: jax.lax.stop_gradient(leaf) if is_frozen(path, config.frozen) else leaf, params
+            )
             (logits, _), updates = state.apply_fn(
                 {"params": params, "batch_stats": state.batch_stats},
                 inputs(config.preprocess, module.dtype),

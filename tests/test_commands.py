@@ -25,6 +25,7 @@ from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.evaluation import eval_step
 from shufflenet_jax.evaluation import evaluate as evaluate_all
+from shufflenet_jax.finetuning import initial_variables
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.targets import load_predictions
 
@@ -353,6 +354,41 @@ def test_a_network_learns_from_a_teacher_with_weighted_classes_and_recalibrates(
     for words, reason in cases.items():
         assert reason in refused(train.main, *SMALL, *words, "--workdir", tmp_path / "other"), words
         assert not (tmp_path / "other").exists()
+
+
+def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(trained, tmp_path, call, refused):
+    argv = (*SMALL, "--init-from", trained, "--freeze", "backbone", "--steps", 1, "--workdir", tmp_path / "run")
+    status, _, told = call(train.main, *argv)
+    assert status == 0 and "begins with 282 of 282 tensors" in told and "made anew" not in told
+    assert "conv1, stage2, stage3, stage4, conv5, with their statistics" in told
+    (_, before, _), (_, after, _) = load_model(trained), load_model(tmp_path / "run")
+    for tree in before, after:
+        assert tree["params"].pop("fc")
+    jax.tree.map(assert_array_equal, after, before)
+    status, _, told = call(train.main, *argv)
+    assert status == 0 and "going on after step 1" in told and "begins with" not in told
+
+    cases = {
+        ("--width", 1.0, "--init-from", trained): "has width 0.5",
+        ("--init-from", tmp_path / "none"): "no model at",
+        ("--freeze", "stage1,fc"): "freeze names",
+    }
+    for words, reason in cases.items():
+        assert reason in refused(train.main, *SMALL, *words, "--workdir", tmp_path / "other"), words
+        assert not (tmp_path / "other").exists()
+
+
+def test_other_classes_make_the_classifier_anew(ten_classes, capfd):
+    model, _ = ten_classes
+    module, stored, info = load_model(model)
+    config = TrainConfig(data="x", width=0.5, init_from=str(model), preprocessing="megvii")
+    found = initial_variables(
+        module.clone(num_classes=3), config, dataclasses.replace(info, num_classes=3, classes=None)
+    )
+    told = capfd.readouterr().err
+    assert "made anew: fc" in told and "normalised in another way" in told
+    assert found["params"].pop("fc")["kernel"].shape == (1024, 3) and stored["params"].pop("fc")
+    jax.tree.map(assert_array_equal, found, stored)
 
 
 def test_stored_predictions_travel_with_their_examples(trained, tmp_path, call):

@@ -164,7 +164,8 @@ class Step:
         self.config = dataclasses.replace(IN1K, **{"warmup_steps": steps - 1, **changes})
 
     def in_jax(self, dtype):
-        module = dialects.module_for(self.tensors, self.rules).clone(dtype=np.dtype(dtype))
+        module = dialects.module_for(self.tensors, self.rules)
+        module = module.clone(dtype=np.dtype(dtype), frozen=self.config.frozen)
         variables, _ = dialects.from_torch(self.tensors, self.rules, module)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
         layout = parallel.plan_batch(self.config, jax.devices()[:1])
@@ -180,6 +181,8 @@ class Step:
         network = reference.NETWORKS[self.dialect](module.width, module.num_classes)
         network.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in self.tensors.items()})
         network.to(getattr(torch, dtype)).train()
+        for name in self.config.frozen:
+            getattr(network, name).eval().requires_grad_(False)
         norms = {p for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
         groups = [
             {"params": [p for p in network.parameters() if p not in norms], "weight_decay": 4e-5},
@@ -208,7 +211,10 @@ class Step:
                 buffer.copy_(torch.stack(found).mean(0))
             optimizer.step()
             average.update_parameters(network)
-        momentum = {key: optimizer.state[p]["momentum_buffer"].numpy() for key, p in network.named_parameters()}
+        momentum = {
+            key: optimizer.state[p]["momentum_buffer"].numpy() if p.requires_grad else np.zeros(p.shape)
+            for key, p in network.named_parameters()
+        }
         kept = {"": network, "averaged": average.module} if self.config.ema_decay else {"": network}
         tensors = {name: {k: v.numpy() for k, v in module.state_dict().items()} for name, module in kept.items()}
         return by_kind({**tensors, "momentum": momentum}), total
@@ -274,14 +280,14 @@ def assert_same_to(share, ours, theirs):
         assert difference <= share * largest, name
 
 
-@pytest.mark.parametrize("dialect", ["torchvision", "megvii"])
-def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect):
+@pytest.mark.parametrize(("dialect", "freeze"), [("torchvision", "stage2,conv5"), ("megvii", "")])
+def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect, freeze):
     network = lively_network(dialect)
     rng = np.random.default_rng(0)
     images = np.repeat(rng.integers(0, 256, (1, 8, 64, 64, 3), dtype=np.uint8), 2, axis=0)
     labels = np.repeat(rng.integers(0, 10, (1, 8)).astype(np.int32), 2, axis=0)
     tensors = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
-    step = Step(tensors, images, labels, dialect=dialect)
+    step = Step(tensors, images, labels, dialect=dialect, freeze=freeze)
     (ours, our_loss), (theirs, their_loss) = step.in_jax("float64"), step.in_pytorch("float64")
     assert_allclose(our_loss, their_loss, rtol=1e-9)
     # float64 rounds 1e-16; batch norm over 32 values a channel in stage4 and two steps amplify it.
@@ -335,6 +341,25 @@ def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe, rout
     expected = ends.pop(ALONE)
     for found in ends.values():
         assert_same_to(1e-7, found, expected)  # Sums in another order, in float64, amplified by twenty steps.
+
+
+def test_what_is_frozen_stays_bit_for_bit_and_the_table_says_so(few_units):
+    module = ShuffleNetV2(width=0.5, num_classes=10, frozen=("conv1", "stage2", "stage3", "stage4", "conv5"))
+    config = dataclasses.replace(IN1K, freeze="backbone", batch_size=8, bn_group_size=0, image_size=32)
+    assert config.frozen == module.frozen
+    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    rng = np.random.default_rng(0)
+    batch = {"images": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
+    device = jax.devices()[:1]
+    epoch = Epoch(8, parallel.plan_batch(config, device))
+    state, _ = run_steps(module, config, epoch, variables, [batch, batch], device)
+    before, after = flatten_dict(variables), flatten_dict(state.variables)
+    moved = {path[1] for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {"fc"}
+    lines = decay_table(variables["params"], "no_norm", config.frozen).splitlines()
+    assert [line.split()[0] for line in lines] == ["parameters", "fc/bias", "fc/kernel", "frozen"]
+    sizes = [int(line[32:44].replace(",", "")) for line in lines[1:]]
+    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_else_changed(x64, few_units):

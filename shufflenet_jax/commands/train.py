@@ -17,10 +17,12 @@ from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import KNOWN_SIZES, open_source
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate
+from ..finetuning import initial_variables
 from ..logs import Meter, MetricsLog
+from ..model import init_variables
 from ..rows import Epoch
 from ..targets import load_extras
-from ..training import count_steps, count_warmup, decay_table, init_state, make_schedule, peak_rate, train_step
+from ..training import count_steps, count_warmup, create_state, decay_table, make_schedule, peak_rate, train_step
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
 
@@ -38,17 +40,18 @@ def main(argv):
     learned = count_steps(config, epoch)
     total_steps = learned + config.recalibrate
     extras = load_extras(config, train_source, info)
-    workdirs.prepare(workdir, config, info)
-
-    settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial")}
+    settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial", "frozen")}
     module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
     evaluate_state = make_evaluate(module, config, eval_source)
+    begun = checkpoint.has_steps(workdir)
+    variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
+    workdirs.prepare(workdir, config, info)
     step_fn = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=extras.teacher))
     fixed = parallel.replicate(extras.fixed)
 
     with checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints:
-        state, start = resume(checkpoints, init_state(module, config, epoch))
-        tell(f"{describe_run(config, epoch)}\n{decay_table(state.params, config.decay)}")
+        state, start = resume(checkpoints, create_state(module, config, epoch, variables))
+        tell(f"{describe_run(config, epoch)}\n{decay_table(state.params, config.decay, config.frozen)}")
         batches = train_batches(
             train_source,
             config,
