@@ -81,7 +81,7 @@ def _restore(path, shapes):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
-        with _abandoned_reads_silent(), ocp.PyTreeCheckpointer() as checkpointer:
+        with _abandoned_work_silent(), ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(path, item=shapes, restore_args=as_numpy)
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
         reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
@@ -96,8 +96,8 @@ def _restore(path, shapes):
 
 
 @contextlib.contextmanager
-def _abandoned_reads_silent():
-    """Keeps TensorStore from printing a traceback for each read that was under way when another one failed.
+def _abandoned_work_silent():
+    """Keeps TensorStore from printing a traceback for each read or write that was under way when another one failed.
 
     They end whenever they like, so after a failure the silence stays; all else is reported as before.
     """
@@ -116,7 +116,7 @@ def _best_or_latest(workdir):
     if not has_steps(workdir):
         raise InputError(f"{workdir} holds no finished checkpoint; let its training run on, or give another checkpoint")
     with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
-        return workdir / STEPS / str(checkpoints.best_step())
+        return workdir / STEPS / str(checkpoints.best_or_latest_step())
 
 
 def has_steps(workdir):
@@ -124,7 +124,7 @@ def has_steps(workdir):
     if not (workdir / STEPS).is_dir():
         return False
     with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.best_step() is not None
+        return bool(checkpoints.steps())
 
 
 class TrainingCheckpoints:
@@ -151,23 +151,50 @@ class TrainingCheckpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(VARIABLES, OPTIMIZER, EMA))
 
     def __enter__(self):
+        self._silence = _abandoned_work_silent()
+        self._silence.__enter__()
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()  # Waits for the checkpoint that is being written.
+    def __exit__(self, *error):
+        with self._errors_told():
+            self._manager.close()  # Waits for the checkpoint that is being written.
+        self._silence.__exit__(*error)
 
-    def latest_step(self):
-        """The newest finished checkpoint's step, or None."""
-        return self._manager.latest_step()
+    def steps(self):
+        """The steps of all finished checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
-    def best_step(self):
-        """The step with the highest top-1, or None."""
-        return self._manager.best_step()
+    def best_or_latest_step(self):
+        """The step with the highest top-1; where none was evaluated the newest."""
+        best = self._manager.best_step()
+        return self._manager.latest_step() if best is None else best
 
-    def save(self, step, items, metrics):
-        """Starts writing a checkpoint in the background, from copies of the arrays: {VARIABLES: tree, ...}."""
+    def set_aside(self, step):
+        """Takes a checkpoint out of the way, and returns where it lies then."""
+        place = self.directory.parent / f"damaged-{step}"
+        (self.directory / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
+    def save(self, step, items, metrics=None):
+        """Starts writing a checkpoint in the background, from copies of the arrays: {VARIABLES: tree, ...}.
+
+        Raises:
+          InputError: it, or the one before, cannot be written.
+        """
         items = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        with self._errors_told():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    @contextlib.contextmanager
+    def _errors_told(self):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds.
+            reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
+            raise InputError(
+                f"a checkpoint cannot be written in {self.directory}: {reason}; those before it are whole"
+            ) from error
 
     def restore(self, step, items):
         """The trees saved at a step as NumPy arrays, in the form of the given ones (arrays or shapes)."""

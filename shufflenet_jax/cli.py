@@ -36,7 +36,9 @@ def run(command, argv=None):
     debug = "--debug" in argv
     use_compilation_cache()
     keep_freed_memory()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain tell at length what they do.
+    # Orbax and Grain tell at length what they do, and log with a traceback each what they raise anyway.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
     try:
         return command([word for word in argv if word != "--debug"]) or 0
     except InputError as error:

@@ -1,35 +1,70 @@
 """The folder of a training run: which settings, libraries and code made the numbers in it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 from . import checkpoint
+from .cli import tell
 from .errors import InputError
 from .files import written_aside
+from .logs import METRICS
 
+CONFIG, LOCK = "config.json", "lock"
 # A resumed run gives the same numbers whatever these say, up to rounding.
 FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "workers", "max_damaged"}
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # On which the numbers depend.
 
 
-def prepare(workdir, config, info):
-    """Writes config.json and model.json, or checks that the run which lies there has the same settings.
+@contextlib.contextmanager
+def claimed(workdir, config, info):
+    """Keeps a workdir for this process, with config.json and model.json in it.
 
     A run that has not saved a checkpoint yet may be started anew with other settings.
+
+    Raises:
+      InputError: the folder is no training's, has a run with other settings, or belongs to another process now.
     """
-    settings, stored = dataclasses.asdict(config), workdir / "config.json"
+    settings, stored = dataclasses.asdict(config), workdir / CONFIG
     if stored.exists():
         if checkpoint.has_steps(workdir):
             _require_same(workdir, settings, stored)
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and not (workdir.is_dir() and all(map(_is_leftover, workdir.iterdir()))):
         raise InputError(f"{workdir} exists and is no training of ours; choose another --workdir")
     record = {"settings": settings, "versions": {name: version(name) for name in LIBRARIES}, "commit": commit()}
-    for path, text in ((stored, json.dumps(record, indent=2) + "\n"), (workdir / checkpoint.INFO, info.to_json())):
-        with written_aside(path) as draft:
-            draft.write_text(text, encoding="utf-8")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / LOCK).touch()
+    except OSError as error:
+        raise InputError(f"{workdir} cannot be written: {error.strerror}; choose another --workdir") from error
+    with open(workdir / LOCK) as lock:  # Closing it, or the end of the process in any way, gives it back.
+        _take(lock, workdir)
+        for path in filter(_is_leftover, workdir.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+        for path, text in ((stored, json.dumps(record, indent=2) + "\n"), (workdir / checkpoint.INFO, info.to_json())):
+            with written_aside(path) as draft:
+                draft.write_text(text, encoding="utf-8")
+        yield
+
+
+def _is_leftover(path):
+    """Whether a run that was killed may have left this behind before it had written anything."""
+    return path.name == LOCK or path.name.startswith((f".{CONFIG}.", f".{checkpoint.INFO}.", f".{METRICS}."))
+
+
+def _take(lock, workdir):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"another process trains in {workdir}; wait for it, or choose another --workdir") from error
+    except OSError as error:  # Some network file systems know no locks.
+        tell(f"warning: {workdir} cannot be locked ({error.strerror}); start no second run there")
 
 
 def commit():

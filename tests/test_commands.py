@@ -1,6 +1,9 @@
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -266,7 +269,7 @@ def read_rows(workdir):
 
 def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
     assert {path.name for path in trained.iterdir()} == {
-        "checkpoints", "config.json", "curves.png", "events", "metrics.jsonl", "model.json",
+        "checkpoints", "config.json", "curves.png", "events", "lock", "metrics.jsonl", "model.json",
     }  # fmt: skip
     rows = read_rows(trained)
     assert all(
@@ -444,12 +447,34 @@ def state_of(workdir, step):
         return [checkpointer.restore(folder / name) for name in ("variables", "optimizer", "ema")]
 
 
-def test_the_same_command_resumes_with_the_same_numbers(trained, tmp_path, call):
+def damage(folder):
+    """Cuts the large files of a checkpoint."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100_000:
+            path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_a_stopped_run_saves_and_the_same_command_goes_on_to_the_same_numbers(trained, tmp_path, call, monkeypatch):
+    """From the last whole checkpoint: the newest is damaged."""
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    shutil.rmtree(workdir / "checkpoints/46")  # As if the run had been stopped after its first checkpoint.
+    damage(workdir / "checkpoints/46")
+    shown = train.shown
+
+    def stopped(batches, *words):
+        for number, batch in enumerate(shown(batches, *words), start=24):
+            if number == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(train, "shown", stopped)
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
-    assert status == 0 and "going on after step 23" in stderr
+    assert status == 0 and "checkpoints/46/variables is damaged" in stderr and "going on after step 23" in stderr
+    assert "stopped after step 30, which is saved" in stderr and (workdir / "damaged-46").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
+    assert status == 0 and "going on after step 30" in stderr
     for ours, theirs in zip(*map(jax.tree.leaves, (state_of(workdir, 46), state_of(trained, 46))), strict=True):
         assert_array_equal(ours, theirs)
 
@@ -457,6 +482,47 @@ def test_the_same_command_resumes_with_the_same_numbers(trained, tmp_path, call)
         return [{key: row[key] for key in row if key != "images_per_second"} for row in read_rows(workdir)]
 
     assert timeless(workdir) == timeless(trained)
+    assert events_of(workdir).keys() == events_of(trained).keys()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_changes_nothing(trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for step in (23, 46):
+        damage(workdir / f"checkpoints/{step}")
+    assert "no checkpoint can be read any more" in refused(train.main, *TINY, "--workdir", workdir)
+    assert len(list((workdir / "checkpoints").iterdir())) == 2 and read_rows(workdir) == read_rows(trained)
+
+
+def test_a_second_process_on_a_workdir_is_refused(trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    with open(workdir / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process trains in" in refused(train.main, *TINY, "--workdir", workdir)
+    assert read_rows(workdir) == read_rows(trained)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(trained, tmp_path):
+    """In a process of its own, whose files may not become as large as a checkpoint's."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints/46")
+    before = state_of(workdir, 23)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from shufflenet_jax.__main__ import main; from shufflenet_jax.cli import run\n"
+        "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "sys.exit(run(main, sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "train", *map(str, TINY), "--workdir", str(workdir)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "cannot be written" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["23"]
+    jax.tree.map(assert_array_equal, state_of(workdir, 23), before)
 
 
 def test_a_finished_run_stays_as_it_is(trained, tmp_path, call):

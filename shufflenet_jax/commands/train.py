@@ -18,6 +18,7 @@ from ..data.sources import KNOWN_SIZES, open_source
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate
 from ..finetuning import initial_variables
+from ..interruption import Interruption
 from ..logs import Meter, MetricsLog
 from ..model import init_variables
 from ..rows import Epoch
@@ -45,11 +46,14 @@ def main(argv):
     evaluate_state = make_evaluate(module, config, eval_source)
     begun = checkpoint.has_steps(workdir)
     variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
-    workdirs.prepare(workdir, config, info)
     step_fn = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=extras.teacher))
     fixed = parallel.replicate(extras.fixed)
 
-    with checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints:
+    with (
+        Interruption() as interruption,
+        workdirs.claimed(workdir, config, info),
+        checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints,
+    ):
         state, start = resume(checkpoints, create_state(module, config, epoch, variables))
         tell(f"{describe_run(config, epoch)}\n{decay_table(state.params, config.decay, config.frozen)}")
         batches = train_batches(
@@ -70,15 +74,20 @@ def main(argv):
                 meter.add(step, metrics, epoch.images(step - 1))
                 evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, total_steps)
                 # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
-                if step % config.log_every == 0 or evaluating:
+                if step % config.log_every == 0 or evaluating or interruption.number:
                     report(step, "train", finite(meter, checkpoints))
+                figures = None
                 if evaluating:
                     figures = evaluate_state(state.variables)
                     report(step, "eval", figures)
                     if state.ema:
                         report(step, "eval_ema", evaluate_state(state.ema))
-                    checkpoints.save(step, jax.device_get(items_of(state)), figures)
                     meter.restart()
+                if evaluating or interruption.number:
+                    checkpoints.save(step, jax.device_get(items_of(state)), figures)
+                if interruption.number and step < total_steps:
+                    tell(f"stopped after step {step}, which is saved; the same command goes on")
+                    return interruption.status
 
     curves = plots.plot_curves(workdir, title=f"{config.width}x on {config.data}")
     tell(f"checkpoints: {checkpoints.directory}\ncurves: {curves}")
@@ -145,14 +154,26 @@ def items_of(state):
 
 
 def resume(checkpoints, state):
-    """The state to go on from, on all devices, and how many steps it has behind it."""
-    step = checkpoints.latest_step()
-    if step is not None:
-        found = checkpoints.restore(step, items_of(state))
+    """The state to go on from, on all devices, and how many steps it has behind it.
+
+    Damaged checkpoints are named and taken out of the way, once an older one is found whole.
+    """
+    damaged = {}
+    for step in checkpoints.steps():
+        try:
+            found = checkpoints.restore(step, items_of(state))
+        except InputError as error:
+            damaged[step] = error
+            continue
+        for bad, error in damaged.items():
+            tell(f"warning: {error}; it lies in {checkpoints.set_aside(bad)} now")
         averages = found.get(checkpoint.EMA)
         state = state.replace(**found[checkpoint.VARIABLES], **found[checkpoint.OPTIMIZER], ema=averages)
         tell(f"going on after step {step}")
-    return parallel.replicate(state), step or 0
+        return parallel.replicate(state), step
+    if damaged:
+        raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
+    return parallel.replicate(state), 0
 
 
 def require_trainable(config, epoch):
@@ -185,11 +206,9 @@ def finite(meter, checkpoints):
     try:
         return meter.take()
     except FloatingPointError as error:
-        last = checkpoints.latest_step()
+        saved = checkpoints.steps()
         kept = (
-            "no checkpoint was saved yet"
-            if last is None
-            else f"the last good one is {checkpoints.directory / str(last)}"
+            f"the last good one is {checkpoints.directory / str(saved[0])}" if saved else "no checkpoint was saved yet"
         )
         raise InputError(
             f"the loss or its gradient is not finite at step {error}; {kept}; lower learning_rate or look at the data"
