@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test prove lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo.stamp: requirements.txt
@@ -25,6 +25,11 @@ demo: $(VENV)/demo.stamp
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The long proofs, some ten minutes; SHARE=0.1 runs a tenth of them.
+prove: export SHARE ?= 1
+prove: $(VENV)/test.stamp
+	$(BIN)/python -m pytest proofs
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -419,7 +419,7 @@ def test_the_schedule_is_printed_and_drawn_without_data_or_workdir(tmp_path, cal
     with Image.open(tmp_path / "lr.png") as picture:
         assert picture.size[0] > 500
     assert [path.name for path in tmp_path.iterdir()] == ["lr.png"]
-    for name, told in {"in1k_megvii": "300,000 steps and 1,250 for the running", "in1k_torchvision": "0.005 "}.items():
+    for name, told in {"in1k_megvii": "300,000 steps and 1,250 for the running", "in1k_torchvision": "0.005\n"}.items():
         status, out, _ = call(train.main, "--config", name, "--data-dir", tmp_path, "--print-schedule")
         assert status == 0 and told in out
     assert "no data at" in refused(train.main, "--config", "in1k", "--data", tmp_path / "none", "--print-schedule")
