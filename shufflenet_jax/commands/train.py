@@ -56,25 +56,17 @@ def main(argv):
     ):
         state, start = resume(checkpoints, create_state(module, config, epoch, variables))
         tell(f"{describe_run(config, epoch)}\n{decay_table(state.params, config.decay, config.frozen)}")
-        batches = train_batches(
-            train_source,
-            config,
-            epoch.layout,
-            start_step=start,
-            stop_step=total_steps,
-            workers=config.workers,
-            stored=extras.stored,
-        )
-        batches = parallel.feed(without_damage(batches, config, len(train_source)), epoch.layout)
+        batches = fed_batches(train_source, config, epoch, start, total_steps, stored=extras.stored)
         meter = Meter()
         with MetricsLog(workdir, last_step=start) as log:
             report = make_report(config, log, epoch)
-            for step, batch in enumerate(shown(batches, epoch, start, total_steps), start=start + 1):
+            for step, batch in enumerate(batches, start=start + 1):
                 state, metrics = step_fn(state, batch, fixed)
                 meter.add(step, metrics, epoch.images(step - 1))
                 evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, total_steps)
+                stopping = interruption.number is not None and step < total_steps
                 # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
-                if step % config.log_every == 0 or evaluating or interruption.number:
+                if step % config.log_every == 0 or evaluating or stopping:
                     report(step, "train", finite(meter, checkpoints))
                 figures = None
                 if evaluating:
@@ -83,9 +75,9 @@ def main(argv):
                     if state.ema:
                         report(step, "eval_ema", evaluate_state(state.ema))
                     meter.restart()
-                if evaluating or interruption.number:
+                if evaluating or stopping:
                     checkpoints.save(step, jax.device_get(items_of(state)), figures)
-                if interruption.number and step < total_steps:
+                if stopping:
                     tell(f"stopped after step {step}, which is saved; the same command goes on")
                     return interruption.status
 
@@ -251,6 +243,14 @@ def make_report(config, log, epoch):
             tell(told)
 
     return report
+
+
+def fed_batches(source, config, epoch, start, stop, *, stored=None):
+    """The batches of steps start .. stop - 1 on the devices, with a progress bar and a word about damaged images."""
+    steps = {"start_step": start, "stop_step": stop}
+    batches = train_batches(source, config, epoch.layout, **steps, workers=config.workers, stored=stored)
+    fed = parallel.feed(without_damage(batches, config, len(source)), epoch.layout)
+    return shown(fed, epoch, start, stop)
 
 
 def without_damage(batches, config, examples):

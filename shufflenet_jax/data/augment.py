@@ -98,8 +98,10 @@ def fast_random_crop(example, preprocess, min_area, rng):
 def random_shift(pixels, rng, reach):
     """Moves an image by up to `reach` pixels along each axis; uncovered pixels become 0."""
     top, left = rng.integers(0, 2 * reach + 1, size=2)
-    height, width = pixels.shape[:2]
-    return np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)))[top : top + height, left : left + width]
+    height, width, channels = pixels.shape
+    padded = np.zeros((height + 2 * reach, width + 2 * reach, channels), np.uint8)  # np.pad takes ten times as long.
+    padded[reach:-reach, reach:-reach] = pixels
+    return padded[top : top + height, left : left + width]
 
 
 def color_jitter(pixels, rng, strength):
