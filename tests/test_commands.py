@@ -2,6 +2,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -280,7 +281,9 @@ def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
         (10, "train"), (20, "train"), (23, "train"), (23, "eval"), (23, "eval_ema"),
         (30, "train"), (40, "train"), (46, "train"), (46, "eval"), (46, "eval_ema"),
     ]  # fmt: skip
-    assert rows[-3]["loss"] < rows[0]["loss"] and rows[0]["lr"] == pytest.approx(0.02 * (46 - 9) / 46)
+    # Two thirds are right after 46 steps; a mistake in loss, gradient or data leaves it at a tenth.
+    assert rows[-2]["top1"] > 30 and rows[-3]["loss"] < rows[0]["loss"]
+    assert rows[0]["lr"] == pytest.approx(0.02 * (46 - 9) / 46)
     record = json.loads((trained / "config.json").read_text())
     assert record["settings"]["epochs"] == 2 and record["versions"]["jax"] == jax.__version__
     assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
@@ -503,24 +506,25 @@ def test_a_second_process_on_a_workdir_is_refused(trained, tmp_path, refused):
     assert read_rows(workdir) == read_rows(trained)
 
 
-def test_a_full_disk_loses_no_earlier_checkpoint(trained, tmp_path):
-    """In a process of its own, whose files may not become as large as a checkpoint's."""
+@pytest.fixture
+def small_files():
+    """No file may become as large as a checkpoint's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(trained, tmp_path, call, request):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "checkpoints/46")
     before = state_of(workdir, 23)
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from shufflenet_jax.__main__ import main; from shufflenet_jax.cli import run\n"
-        "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "sys.exit(run(main, sys.argv[1:]))"
-    )
-    words = [sys.executable, "-c", code, "train", *map(str, TINY), "--workdir", str(workdir)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "cannot be written" in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+    request.getfixturevalue("small_files")
+    status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and "cannot be written" in errors[0], stderr
+    assert "Traceback" not in stderr
     assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["23"]
     jax.tree.map(assert_array_equal, state_of(workdir, 23), before)
 
@@ -592,12 +596,6 @@ def test_groups_that_do_not_divide_a_batch_are_refused(tmp_path, refused):
     assert "multiple of bn_group_size, 24" in refused(train.main, *argv)
     argv = (*TINY, "--batch-size", 96, "--bn-group-size", 32, "--accumulate", 1, "--workdir", tmp_path / "run")
     assert "whole groups of 32" in refused(train.main, *argv)
-
-
-def test_a_short_training_learns_the_digits(tmp_path, call):
-    assert call(train.main, *SMALL, "--epochs", 6, "--workdir", tmp_path / "run")[0] == 0
-    # Some seeds give 97 % to 98 %; a mistake in loss, gradient or data gives 10 % to 60 %.
-    assert read_rows(tmp_path / "run")[-1]["top1"] >= 90
 
 
 def test_training_names_a_damaged_image_once_and_stops_at_too_many(capfd):
