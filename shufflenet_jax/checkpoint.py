@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from . import parallel
 from .config import ModelInfo
 from .errors import InputError
 from .files import written_aside
@@ -38,8 +39,15 @@ def save_model(directory, info, variables, *, overwrite=False):
     with written_aside(directory, folder=True) as draft:
         draft.mkdir()
         (draft / INFO).write_text(info.to_json(), encoding="utf-8")
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=_by_itself()) as checkpointer:
             checkpointer.save(draft / VARIABLES, jax.tree.map(np.asarray, variables))
+
+
+def _by_itself():
+    """Orbax's options for a process that reads or writes something without the others of its run."""
+    return ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
+    )
 
 
 def require_free(directory, *, overwrite):
@@ -81,7 +89,8 @@ def _restore(path, shapes):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
-        with _abandoned_work_silent(), ocp.PyTreeCheckpointer() as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_itself())
+        with _abandoned_work_silent(), ocp.Checkpointer(handler, multiprocessing_options=_by_itself()) as checkpointer:
             restored = checkpointer.restore(path, item=shapes, restore_args=as_numpy)
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
         reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
@@ -121,10 +130,7 @@ def _best_or_latest(workdir):
 
 def has_steps(workdir):
     """Whether a training workdir holds a finished checkpoint."""
-    if not (workdir / STEPS).is_dir():
-        return False
-    with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
-        return bool(checkpoints.steps())
+    return bool(ocp.utils.checkpoint_steps(workdir / STEPS))
 
 
 class TrainingCheckpoints:
@@ -170,14 +176,16 @@ class TrainingCheckpoints:
         return self._manager.latest_step() if best is None else best
 
     def set_aside(self, step):
-        """Takes a checkpoint out of the way, and returns where it lies then."""
+        """Takes a checkpoint out of the way, and returns where it lies then. All processes do so together."""
         place = self.directory.parent / f"damaged-{step}"
-        (self.directory / str(step)).rename(place)
+        if parallel.is_first():
+            (self.directory / str(step)).rename(place)
+        parallel.wait_for_all(f"set aside {step}")
         self._manager.reload()
         return place
 
     def save(self, step, items, metrics=None):
-        """Starts writing a checkpoint in the background, from copies of the arrays: {VARIABLES: tree, ...}.
+        """Starts writing a checkpoint in the background: {VARIABLES: tree, ...}, from `parallel.to_host`.
 
         Raises:
           InputError: it, or the one before, cannot be written.

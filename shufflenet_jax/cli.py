@@ -6,11 +6,14 @@ import logging
 import os
 import platform
 import sys
+import traceback
 
 from tqdm import tqdm
 
 from .errors import InputError
 from .files import cache_dir
+
+_process, _processes = 0, 1  # Which of a run's processes this is, and how many there are.
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # The names and numbers of malloc.h.
 
@@ -41,13 +44,21 @@ def run(command, argv=None):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
     try:
         return command([word for word in argv if word != "--debug"]) or 0
-    except InputError as error:
-        if debug:
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    except Exception as error:
+        if isinstance(error, InputError) and not debug:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            status = 2
+        elif _processes == 1:
+            raise
+        else:
+            traceback.print_exc()
+            status = 1
+    if _processes > 1:  # The usual way out waits for the other processes, which wait for this one.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def use_compilation_cache():
@@ -67,9 +78,15 @@ def keep_freed_memory():
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def speak_as(process, processes):
+    """From now on this is one of several processes: the first alone says how things go, all of them what is wrong."""
+    global _process, _processes
+    _process, _processes = process, processes
+
+
 def progress(**options):
     """A progress bar on stderr with rate and time left; silent where nobody watches the terminal."""
-    return tqdm(file=sys.stderr, dynamic_ncols=True, disable=None, **options)
+    return tqdm(file=sys.stderr, dynamic_ncols=True, disable=True if _process else None, **options)
 
 
 def positive_integer(text):
@@ -82,4 +99,25 @@ def positive_integer(text):
 
 def tell(text):
     """A line on stderr that does not tear a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    if not _process:
+        tqdm.write(text, file=sys.stderr)
+
+
+def warn(text):
+    """The same for what is wrong, from any process of a run."""
+    where = f"process {_process}: " if _processes > 1 else ""
+    tqdm.write(f"warning: {where}{text}", file=sys.stderr)
+
+
+def add_process_options(parser):
+    """How the processes of a run on several hosts find each other where they cannot do so by themselves."""
+    group = parser.add_argument_group(
+        "several hosts",
+        "Start the same command once on each host. On TPU pods, under Slurm and in indexed Kubernetes jobs the "
+        "processes find each other; elsewhere give all three of these.",
+    )
+    group.add_argument(
+        "--coordinator-address", metavar="HOST:PORT", help="where process 0 can be reached by all others"
+    )
+    group.add_argument("--num-processes", metavar="N", type=positive_integer, help="how many processes there are")
+    group.add_argument("--process-id", metavar="I", type=int, help="which of them this one is: 0 ... N - 1")

@@ -1,16 +1,25 @@
 """SIGTERM and Ctrl-C as a request to stop at the next safe moment."""
 
+import os
 import signal
+
+import jax
 
 
 class Interruption:
-    """In the block the first such signal is only noted, so that a run can save; a second one works as usual."""
+    """In the block the first such signal is only noted, so that a run can save; a second one works as usual.
+
+    Where several processes have to agree when to stop, JAX takes SIGTERM and tells the others; Ctrl-C becomes one.
+    """
 
     def __init__(self):
         self.number = None
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        if jax.process_count() > 1:
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_):
@@ -19,10 +28,14 @@ class Interruption:
 
     def _note(self, number, _frame):
         self.number = number
-        for other, handler in self._before.items():
-            signal.signal(other, handler)
+        self.__exit__()
+
+    @property
+    def wanted(self):
+        """Whether this process was asked to stop."""
+        return self.number is not None
 
     @property
     def status(self):
         """The exit status that tells of it: 0 for SIGTERM, so that a scheduler starts the run again; else a shell's."""
-        return 0 if self.number == signal.SIGTERM else 128 + self.number
+        return 128 + signal.SIGINT if self.number == signal.SIGINT else 0

@@ -1,19 +1,171 @@
-"""Steps over all devices: the only file that says pmap.
+"""Steps over all devices of all hosts: the only file that says pmap and jax.distributed.
 
 The state has no device axis: `None` in pmap's axes broadcasts it in and hands one copy back. Nothing checks that the
 copies agree (a forgotten mean raises nothing), which is why the tests compare them.
+
+Each process feeds its own devices and runs the same program as all others: what one does with all of them together,
+every one has to do, in the same order.
 """
 
+import contextlib
+import hashlib
+import os
+import subprocess
 from collections import deque
+from importlib.util import find_spec
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from . import cli
+from .errors import InputError
 from .rows import AXIS, plan_layout
 
 # Images of 224 x 224 that a device trains on at a time: activations take some 30 MB each.
 CPU_ROWS, ACCELERATOR_ROWS = 64, 256
+START_SECONDS = 300  # For which processes wait for each other at the start.
+SILENT_SECONDS = 30  # After which a process that has stopped answering counts as lost.
+ADVICE = (
+    "if another process of this run has ended, its output says why; start the same command again on all hosts to go on "
+    "from the last checkpoint"
+)
+
+
+@contextlib.contextmanager
+def joined(address=None, processes=None, process=None):
+    """In the block, the processes of a run on several hosts compute together; a run of one process is left as it is.
+
+    Without arguments, they find each other on TPU pods, in a step of several Slurm tasks and in indexed jobs of
+    Kubernetes.
+
+    Args:
+      address: HOST:PORT at which process 0 can be reached.
+      processes: how many there are.
+      process: which of them this one is, from 0 on.
+    Raises:
+      InputError: only some of the three are given, or the others are not found.
+    """
+    given = (address, processes, process)
+    if None not in given:
+        if not 0 <= process < processes or ":" not in address:
+            raise InputError(
+                f"process {process} of {processes} at {address} is impossible: --process-id counts from 0 to one below "
+                "--num-processes, and --coordinator-address is HOST:PORT"
+            )
+    elif given != (None,) * 3:
+        raise InputError("--coordinator-address, --num-processes and --process-id belong together; give all three")
+    elif not _among_others():
+        yield
+        return
+    with _spoken_for("?" if process is None else process):
+        _meet(*given)
+        cli.speak_as(jax.process_index(), jax.process_count())
+        cli.tell(f"{jax.process_count()} process(es) with {jax.local_device_count()} device(s) each")
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"process {jax.process_index()} cannot go on: {reason}; {ADVICE}") from error
+
+
+def _among_others():
+    """Whether the surroundings tell that there may be other processes."""
+    if "SLURM_STEP_NODELIST" in os.environ:
+        return os.environ.get("SLURM_NTASKS", "1") != "1"
+    return "JOB_COMPLETION_INDEX" in os.environ or _on_a_tpu()
+
+
+def _on_a_tpu():
+    return find_spec("libtpu") is not None and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+
+
+def _meet(address, processes, process):
+    if address:
+        where = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+        where["cluster_detection_method"] = "deactivate"
+    else:
+        where = {}
+    try:
+        jax.distributed.initialize(
+            **where, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=SILENT_SECONDS
+        )
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and not where and _on_a_tpu():
+            return  # A TPU that belongs to no pod.
+        raise InputError(
+            f"the processes of this run do not find each other: {error}; give --coordinator-address, --num-processes "
+            "and --process-id, the first reachable from all hosts"
+        ) from error
+
+
+@contextlib.contextmanager
+def _spoken_for(process):
+    """Tells in the end what happened if this process ends within the block: JAX aborts it when another one is lost."""
+    told = f"error: process {process} was killed, or ended because another one did; {ADVICE}"
+    words = ["sh", "-c", 'read -r word || echo "$0" >&2', told]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as witness:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                witness.stdin.write(b"ended\n")
+                witness.stdin.flush()
+
+
+def is_first():
+    """Whether this process is the one that writes what a run leaves."""
+    return jax.process_index() == 0
+
+
+def own_slice():
+    """Which slice of each batch this process reads: `host` and `hosts` of `train_batches` and `eval_batches`."""
+    return {"host": jax.process_index(), "hosts": jax.process_count()}
+
+
+def shared_equally(rows):
+    """The number of rows nearest below, but no less than one for each, that all processes can share."""
+    return max(1, rows // jax.process_count()) * jax.process_count()
+
+
+def wait_for_all(what):
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def require_same(what, value):
+    """Raises InputError in every process unless all have the same value, told by its repr."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
+    others = multihost_utils.process_allgather(digest)
+    differing = [str(number) for number, other in enumerate(others) if not np.array_equal(other, others[0])]
+    if differing:
+        raise InputError(f"processes differ in their {what}: 0 from {', '.join(differing)}; each must have the same")
+
+
+def all_stop(step, wanted):
+    """Whether all processes stop after this step, because one of them was asked to: by `wanted`, or by SIGTERM.
+
+    JAX's own handler of SIGTERM makes the processes agree on the step.
+    """
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else wanted
+
+
+def all_devices():
+    """Those of all processes, in the order of the rows of a batch: what a process feeds lies together."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def to_host(tree):
+    """Copies of arrays that devices hold in full, as Orbax takes them: one for all processes together."""
+    copies = jax.device_get(tree)
+    if jax.process_count() == 1:
+        return copies
+    everywhere = NamedSharding(Mesh(np.array(all_devices()), (AXIS,)), PartitionSpec())
+    return jax.tree.map(lambda array: jax.make_array_from_callback(array.shape, everywhere, lambda _: array), copies)
 
 
 def replicate(tree, devices=None):
@@ -28,6 +180,7 @@ def map_train_step(step, devices=None):
     The step itself averages over AXIS. The state given is used up: only the one returned is valid afterwards; what is
     fixed can be given again.
     """
+    devices = devices or all_devices()
     return jax.pmap(step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=devices, donate_argnums=0)
 
 
@@ -45,7 +198,7 @@ def rows_that_fit(image_size):
 
 
 def feed(batches, layout, devices=None, *, ahead=2):
-    """Host batches, {name: (B, ...)}, as {name: (devices, parts, rows, ...)} on the devices, copied ahead of use."""
+    """Batches of a process, {name: (B, ...)}, as {name: (devices, parts, rows, ...)} on its devices, ahead of use."""
     devices = devices or jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
@@ -63,7 +216,8 @@ def feed(batches, layout, devices=None, *, ahead=2):
 def map_eval_step(step, devices=None):
     """`step(variables, batch) -> (sums, rows)` of one device, as one call on a whole batch of any size.
 
-    Sums are added over the devices; rows come back as (devices, ceil(B / devices), ...), those of the padding last.
+    Each process gives its slice of the batch. Sums are added over all devices; of a process's own rows come back
+    (devices, ceil(B / devices), ...), those of the padding last.
     """
     count = len(devices or jax.local_devices())
 
@@ -71,7 +225,7 @@ def map_eval_step(step, devices=None):
         sums, rows = step(variables, batch)
         return jax.lax.psum(sums, AXIS), rows
 
-    mapped = jax.pmap(summed, AXIS, in_axes=(None, 0), out_axes=(None, 0), devices=devices)
+    mapped = jax.pmap(summed, AXIS, in_axes=(None, 0), out_axes=(None, 0), devices=devices or all_devices())
 
     def on_all_devices(variables, batch):
         missing = -len(batch["labels"]) % count

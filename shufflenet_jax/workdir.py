@@ -9,8 +9,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from . import checkpoint
-from .cli import tell
+from . import checkpoint, parallel
+from .cli import warn
 from .errors import InputError
 from .files import written_aside
 from .logs import METRICS
@@ -23,13 +23,22 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 @contextlib.contextmanager
 def claimed(workdir, config, info):
-    """Keeps a workdir for this process, with config.json and model.json in it.
+    """Keeps a workdir for this run, with config.json and model.json in it; of its processes the first one does.
 
     A run that has not saved a checkpoint yet may be started anew with other settings.
 
     Raises:
-      InputError: the folder is no training's, has a run with other settings, or belongs to another process now.
+      InputError: the folder is no training's, has a run with other settings, or belongs to another run now.
     """
+    with _claimed(workdir, config, info) if parallel.is_first() else contextlib.nullcontext():
+        parallel.wait_for_all("the workdir is claimed")
+        if not (workdir / CONFIG).exists():
+            raise InputError(f"process 0 wrote {workdir}, but it is not here; name a --workdir that all hosts share")
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(workdir, config, info):
     settings, stored = dataclasses.asdict(config), workdir / CONFIG
     if stored.exists():
         if checkpoint.has_steps(workdir):
@@ -64,7 +73,7 @@ def _take(lock, workdir):
     except BlockingIOError as error:
         raise InputError(f"another process trains in {workdir}; wait for it, or choose another --workdir") from error
     except OSError as error:  # Some network file systems know no locks.
-        tell(f"warning: {workdir} cannot be locked ({error.strerror}); start no second run there")
+        warn(f"{workdir} cannot be locked ({error.strerror}); start no second run there")
 
 
 def commit():

@@ -1,5 +1,6 @@
 """Switches of the whole suite, and the real data that some tests need."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,13 +14,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 sys.path.insert(0, str(ROOT))
 
 import jax
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from shufflenet_jax.cli import run
+from shufflenet_jax.commands import from_torch
 from shufflenet_jax.porting import dialects, reference
 
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
@@ -103,3 +107,24 @@ def refused(call):
         return lines[0]
 
     return refused
+
+
+@pytest.fixture(scope="module")
+def ten_classes(tmp_path_factory):
+    """A model directory of a random 0.5x network with ten classes, and class folders of images for it."""
+    root = tmp_path_factory.mktemp("ten")
+    network = lively_network("mmpretrain")
+    meta = {"CLASSES": tuple(f"kind{i}" for i in range(10))}
+    torch.save({"meta": meta, "state_dict": network.state_dict()}, root / "net.pth")
+    assert from_torch.main([str(root / "net.pth"), "--out", str(root / "model"), "--no-verify"]) == 0
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        (root / f"data/val/kind{i}").mkdir(parents=True)
+        for j in range(2):
+            pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((300, 260)).save(root / f"data/val/kind{i}/{j}.JPEG")
+    return root / "model", root / "data"
+
+
+def figures_of(stdout):
+    return json.loads(stdout.splitlines()[-1])

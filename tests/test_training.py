@@ -8,6 +8,7 @@ import torch
 from conftest import lively_network
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
+from small_training import assert_copies_agree, few_units
 
 from shufflenet_jax import model, parallel
 from shufflenet_jax.config import MMPRETRAIN_EVAL, PRESETS
@@ -297,9 +298,9 @@ def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect, freeze)
 
 
 @pytest.fixture
-def few_units(monkeypatch):
-    """Networks of 4 units instead of 16, of both kinds: they compile in a quarter of the time."""
-    monkeypatch.setattr(model, "UNITS", {"stage2": 2, "stage3": 1, "stage4": 1})
+def small_networks():
+    with few_units():
+        yield
 
 
 ALONE, TOGETHER = (1, 1), (4, 2)  # Devices and parts; in the latter, each group is on two devices.
@@ -311,7 +312,7 @@ EVERYTHING = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.
     [({}, [ALONE, (4, 1), (1, 4)]), (EVERYTHING, [ALONE, TOGETHER])],
     ids=["in1k", "everything"],
 )
-def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe, routes):
+def test_devices_and_parts_do_not_change_a_training(x64, small_networks, recipe, routes):
     """Twenty steps over two epochs with uneven last batches; small ones, lest the network amplify rounding."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
     data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None)
@@ -330,9 +331,8 @@ def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe, rout
         assert [batch["mask"].sum() for batch in batches if "mask" in batch] == [12, 12]
         batches = [{k: v for k, v in batch.items() if k != "damaged"} for batch in batches]
         state, metrics = run_steps(module, config, epoch, variables, batches, devices)
-        for leaf in jax.tree.leaves(state):
-            copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-            assert len(copies) == count and all(np.array_equal(copy, copies[0]) for copy in copies)
+        assert_copies_agree(state)
+        assert all(len(leaf.addressable_shards) == count for leaf in jax.tree.leaves(state))
         kinds = {**state.variables, "momentum": momentum_of(state), "metrics": metrics}
         if state.ema:
             kinds |= {f"averaged {kind}": tree for kind, tree in state.ema.items()}
@@ -345,7 +345,23 @@ def test_devices_and_parts_do_not_change_a_training(x64, few_units, recipe, rout
         assert_same_to(1e-7, found, expected)  # Sums in another order, in float64, amplified by twenty steps.
 
 
-def test_what_is_frozen_stays_bit_for_bit_and_the_table_says_so(few_units):
+@pytest.mark.parametrize("forgotten", ["psum", "pmean"])
+def test_a_step_that_forgets_to_share_gradients_or_statistics_is_noticed(small_networks, monkeypatch, forgotten):
+    """By the comparison of all copies of the state that the tests above make; JAX itself makes none."""
+    rng = np.random.default_rng(0)
+    batch = {"images": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
+    config = dataclasses.replace(IN1K, image_size=16, batch_size=8, bn_group_size=4)
+    module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, lowering="plain")
+    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    devices = jax.devices()[:2]
+    epoch = Epoch(8, parallel.plan_batch(config, devices))
+    monkeypatch.setattr(jax.lax, forgotten, lambda values, axis: values)
+    state, _ = run_steps(module, config, epoch, variables, [batch], devices)
+    with pytest.raises(AssertionError, match="copies differ"):
+        assert_copies_agree(state)
+
+
+def test_what_is_frozen_stays_bit_for_bit_and_the_table_says_so(small_networks):
     module = ShuffleNetV2(width=0.5, num_classes=10, frozen=("conv1", "stage2", "stage3", "stage4", "conv5"))
     config = dataclasses.replace(IN1K, freeze="backbone", batch_size=8, bn_group_size=0, image_size=32)
     assert config.frozen == module.frozen
@@ -364,7 +380,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_table_says_so(few_units):
     assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_else_changed(x64, few_units):
+def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_else_changed(x64, small_networks):
     rng = np.random.default_rng(0)
     batches = [
         {"images": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
@@ -379,12 +395,13 @@ def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_els
     found, _ = run_steps(module, config, epoch, variables, batches, device)
     jax.tree.map(np.testing.assert_array_equal, found.params, learned.params)
 
+    apply = jax.jit(partial(module.apply, train=True, mutable=["batch_stats"]))
     moved = []
     for batch in batches[2:]:
         inputs = transforms.normalize(batch["images"], config.preprocess, np.float64)
         for group in np.split(np.asarray(inputs), 2):
             empty = {**learned.variables, "batch_stats": jax.tree.map(np.zeros_like, learned.batch_stats)}
-            moved.append(module.apply(empty, group, train=True, mutable=["batch_stats"])[1]["batch_stats"])
+            moved.append(apply(empty, group)[1]["batch_stats"])
     expected = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves) / (1 - model.MOMENTUM), *moved)
     # Float64's rounding through the depth of the network, relative to the smallest of variances.
     jax.tree.map(partial(assert_allclose, rtol=1e-9, atol=1e-12), found.batch_stats, expected)

@@ -2,7 +2,7 @@
 
 import json
 
-from ..cli import CommandLine, positive_integer, progress, tell
+from ..cli import CommandLine, positive_integer, progress, warn
 from ..data import prepare
 from ..errors import InputError
 
@@ -41,7 +41,7 @@ def main(argv):
         def on_done(report):
             bar.update(report["examples"] + len(report["damaged"]))
             for reason in report["damaged"]:
-                tell(f"warning: {reason}; left out")
+                warn(f"{reason}; left out")
 
         result = prepare.write(plan, processes=options.processes, on_done=on_done)
     damaged = len(result["damaged"])

@@ -1,8 +1,11 @@
 """`train.py`: trains a preset, with any of its settings overridden; the same command again resumes."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import simple_parsing
 
 from .. import checkpoint, parallel, plots
 from .. import workdir as workdirs
-from ..cli import CommandLine, progress, tell
+from ..cli import CommandLine, add_process_options, progress, tell, warn
 from ..config import PRESETS, ModelInfo, TrainConfig
 from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import KNOWN_SIZES, open_source
@@ -34,20 +37,24 @@ def main(argv):
     if options.print_schedule:
         return print_schedule(config, options.print_schedule)
     workdir = Path(options.workdir or f"runs/{options.config}").expanduser()
+    with parallel.joined(options.coordinator_address, options.num_processes, options.process_id):
+        return train(config, workdir)
+
+
+def train(config, workdir):
+    """Begins or goes on with a run in a workdir; returns the exit status. All processes of a run do this together."""
     train_source, eval_source = open_sources(config)
     info = describe(config, train_source)
     epoch = Epoch(len(train_source), parallel.plan_batch(config))
     require_trainable(config, epoch)
-    learned = count_steps(config, epoch)
-    total_steps = learned + config.recalibrate
+    parallel.require_same("settings", config)
+    parallel.require_same("data", (len(train_source), len(eval_source), info.num_classes, info.classes))
     extras = load_extras(config, train_source, info)
     settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial", "frozen")}
     module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
-    evaluate_state = make_evaluate(module, config, eval_source)
     begun = checkpoint.has_steps(workdir)
     variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
-    step_fn = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=extras.teacher))
-    fixed = parallel.replicate(extras.fixed)
+    total_steps = count_steps(config, epoch) + config.recalibrate
 
     with (
         Interruption() as interruption,
@@ -57,33 +64,65 @@ def main(argv):
         state, start = resume(checkpoints, create_state(module, config, epoch, variables))
         tell(f"{describe_run(config, epoch)}\n{decay_table(state.params, config.decay, config.frozen)}")
         batches = fed_batches(train_source, config, epoch, start, total_steps, stored=extras.stored)
-        meter = Meter()
-        with MetricsLog(workdir, last_step=start) as log:
-            report = make_report(config, log, epoch)
-            for step, batch in enumerate(batches, start=start + 1):
-                state, metrics = step_fn(state, batch, fixed)
-                meter.add(step, metrics, epoch.images(step - 1))
-                evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, total_steps)
-                stopping = interruption.number is not None and step < total_steps
-                # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
-                if step % config.log_every == 0 or evaluating or stopping:
-                    report(step, "train", finite(meter, checkpoints))
-                figures = None
-                if evaluating:
-                    figures = evaluate_state(state.variables)
-                    report(step, "eval", figures)
-                    if state.ema:
-                        report(step, "eval_ema", evaluate_state(state.ema))
-                    meter.restart()
-                if evaluating or stopping:
-                    checkpoints.save(step, jax.device_get(items_of(state)), figures)
-                if stopping:
-                    tell(f"stopped after step {step}, which is saved; the same command goes on")
-                    return interruption.status
-
-    curves = plots.plot_curves(workdir, title=f"{config.width}x on {config.data}")
-    tell(f"checkpoints: {checkpoints.directory}\ncurves: {curves}")
+        step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=extras.teacher))
+        fixed = parallel.replicate(extras.fixed)
+        with MetricsLog(workdir, last_step=start) if parallel.is_first() else nullcontext() as log:
+            run = Run(
+                config,
+                epoch,
+                step=lambda state, batch: step(state, batch, fixed),
+                evaluate=make_evaluate(module, config, eval_source),
+                report=make_report(config, log, epoch),
+                checkpoints=checkpoints,
+                interruption=interruption,
+            )
+            stopped = take_steps(run, state, start, batches)
+    if stopped:
+        tell(f"stopped after step {stopped}, which is saved; the same command goes on")
+        return interruption.status
+    tell(f"checkpoints: {checkpoints.directory}")
+    if parallel.is_first():
+        tell(f"curves: {plots.plot_curves(workdir, title=f'{config.width}x on {config.data}')}")
     return 0
+
+
+class Run(NamedTuple):
+    """What the loop of a training works with."""
+
+    config: TrainConfig
+    epoch: Epoch
+    step: Callable  # (State, batch) -> (State, metrics).
+    evaluate: Callable  # Variables -> figures.
+    report: Callable  # (step, split, figures) -> None.
+    checkpoints: checkpoint.TrainingCheckpoints
+    interruption: Interruption
+
+
+def take_steps(run, state, start, batches):
+    """Takes the steps from `start` on; returns the one after which it had to stop, or None at the end."""
+    config, epoch, meter = run.config, run.epoch, Meter()
+    learned = count_steps(config, epoch)
+    last = learned + config.recalibrate
+    for step, batch in enumerate(batches, start=start + 1):
+        state, metrics = run.step(state, batch)
+        meter.add(step, metrics, epoch.images(step - 1))
+        evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, last)
+        stopping = parallel.all_stop(step, run.interruption.wanted) and step < last
+        # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
+        if step % config.log_every == 0 or evaluating or stopping:
+            run.report(step, "train", finite(meter, run.checkpoints))
+        figures = None
+        if evaluating:
+            figures = run.evaluate(state.variables)
+            run.report(step, "eval", figures)
+            if state.ema:
+                run.report(step, "eval_ema", run.evaluate(state.ema))
+            meter.restart()
+        if evaluating or stopping:
+            run.checkpoints.save(step, parallel.to_host(items_of(state)), figures)
+        if stopping:
+            return step
+    return None
 
 
 def parse(argv):
@@ -107,6 +146,7 @@ def parse(argv):
         const=True,
         help="only print the learning rate over the run, and draw it into the file",
     )
+    add_process_options(parser)
     parser.add_arguments(TrainConfig, dest="settings", default=PRESETS.get(name, PRESETS["digits"]))
     options = parser.parse_args(argv)
     return options.settings, options
@@ -150,22 +190,23 @@ def resume(checkpoints, state):
 
     Damaged checkpoints are named and taken out of the way, once an older one is found whole.
     """
-    damaged = {}
-    for step in checkpoints.steps():
+    damaged, found, step = {}, None, 0
+    for number in checkpoints.steps():
         try:
-            found = checkpoints.restore(step, items_of(state))
+            found, step = checkpoints.restore(number, items_of(state)), number
+            break
         except InputError as error:
-            damaged[step] = error
-            continue
-        for bad, error in damaged.items():
-            tell(f"warning: {error}; it lies in {checkpoints.set_aside(bad)} now")
+            damaged[number] = error
+    if damaged and not found:
+        raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
+    parallel.require_same("checkpoints", (step, *damaged))
+    for bad, error in damaged.items():
+        tell(f"warning: {error}; it lies in {checkpoints.set_aside(bad)} now")
+    if found:
         averages = found.get(checkpoint.EMA)
         state = state.replace(**found[checkpoint.VARIABLES], **found[checkpoint.OPTIMIZER], ema=averages)
         tell(f"going on after step {step}")
-        return parallel.replicate(state), step
-    if damaged:
-        raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
-    return parallel.replicate(state), 0
+    return parallel.replicate(state), step
 
 
 def require_trainable(config, epoch):
@@ -210,22 +251,22 @@ def finite(meter, checkpoints):
 def make_evaluate(module, config, source):
     """A function from variables to the figures of the evaluation split."""
     step = parallel.map_eval_step(partial(eval_step, module, config.preprocess))
-    fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.local_device_count()
-    batch_size = min(config.eval_batch_size, len(source), fitting)
+    fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.device_count()
+    batch_size = parallel.shared_equally(min(config.eval_batch_size, len(source), fitting))
 
     def evaluate_state(variables):
-        figures, _ = evaluate(step, variables, eval_batches(source, config.preprocess, batch_size=batch_size))
-        return figures
+        batches = eval_batches(source, config.preprocess, batch_size=batch_size, **parallel.own_slice())
+        return evaluate(step, variables, batches)[0]
 
     return evaluate_state
 
 
 def make_report(config, log, epoch):
-    """A function that logs a row of figures, and tells those of an evaluation on stderr."""
+    """A function that logs a row of figures, and tells those of an evaluation on stderr; without a log, none."""
     learning_rate = make_schedule(config, epoch)
 
     def report(step, split, figures):
-        if figures is None:
+        if figures is None or log is None:
             return
         names = ("loss", "top1", "top5")
         row = log.write(
@@ -247,8 +288,8 @@ def make_report(config, log, epoch):
 
 def fed_batches(source, config, epoch, start, stop, *, stored=None):
     """The batches of steps start .. stop - 1 on the devices, with a progress bar and a word about damaged images."""
-    steps = {"start_step": start, "stop_step": stop}
-    batches = train_batches(source, config, epoch.layout, **steps, workers=config.workers, stored=stored)
+    which = {"start_step": start, "stop_step": stop, **parallel.own_slice()}
+    batches = train_batches(source, config, epoch.layout, **which, workers=config.workers, stored=stored)
     fed = parallel.feed(without_damage(batches, config, len(source)), epoch.layout)
     return shown(fed, epoch, start, stop)
 
@@ -259,7 +300,7 @@ def without_damage(batches, config, examples):
     for batch in batches:
         for reason in set(batch.pop("damaged")) - found - {""}:
             found.add(reason)
-            tell(f"warning: {reason}; another one takes its place")
+            warn(f"{reason}; another one takes its place")
         if len(found) > max(1, config.max_damaged * examples):
             raise InputError(
                 f"{len(found)} of {examples} training images are damaged, more than the share max_damaged allows "

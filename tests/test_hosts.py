@@ -1,0 +1,168 @@
+"""Trainings by several processes on this machine, which find each other at 127.0.0.1."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from small_training import few_units, interrupted
+
+from shufflenet_jax import checkpoint, parallel
+from shufflenet_jax.commands import train
+
+# In float64, with a small learning rate lest the network amplify rounding, over two uneven last batches.
+RUN = (
+    *("--config", "digits", "--image-size", "16", "--epochs", "2", "--eval-every", "1", "--log-every", "5"),
+    *("--dtype", "float64", "--learning-rate", "1e-4", "--bn-group-size", "16", "--ema-decay", "0.9", "--keep", "5"),
+)
+LAST = 46
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+    with few_units():
+        yield
+    jax.config.update("jax_enable_x64", False)  # As it was before --dtype.
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of a run on the 4 devices of this process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert train.main([*RUN, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def start(workdir, *, devices, process=0, processes=1, port=None, at=(), options=RUN):
+    """A process of a run."""
+    argv = [sys.executable, ROOT / "tests/small_training.py", *at, *options, "--workdir", workdir]
+    if processes > 1:
+        argv += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", processes, "--process-id", process]
+    return subprocess.Popen(
+        list(map(str, argv)),
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(workdir, *, at=((), ()), options=(RUN, RUN)):
+    """Two processes of a run with 2 devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(workdir, devices=2, process=i, processes=2, port=port, at=at[i], options=options[i]) for i in range(2)
+    ]
+
+
+def end(processes):
+    """(exit status, stdout, stderr) of each."""
+    told = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *words) for process, words in zip(processes, told, strict=True)]
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(ours, theirs):
+    """The same evaluations, and the same state to 1e-7 of the largest entry: sums have another order, in float64."""
+    evaluations = [[row for row in rows_of(workdir) if row["split"] != "train"] for workdir in (ours, theirs)]
+    for our, their in zip(*evaluations, strict=True):
+        assert our == {**their, "loss": pytest.approx(their["loss"], rel=1e-7)}
+    for name in (checkpoint.VARIABLES, checkpoint.OPTIMIZER, checkpoint.EMA):
+        found, expected = (dict(leaves_of(workdir / f"checkpoints/{LAST}/{name}")) for workdir in (ours, theirs))
+        assert found.keys() == expected.keys()
+        largest = max(np.abs(leaf).max() for leaf in expected.values())
+        for path, leaf in expected.items():
+            assert np.abs(found[path] - leaf).max() <= 1e-7 * largest, path
+
+
+def leaves_of(folder):
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sharding info not provided")  # The devices of the run do not matter here.
+        for path, leaf in jax.tree.leaves_with_path(checkpointer.restore(folder)):
+            yield jax.tree_util.keystr(path), np.asarray(leaf)
+
+
+def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with_one_goes_on(alone, tmp_path):
+    """A scheduler stops one of them in the second epoch, and both save."""
+    ended = end(start_two(tmp_path / "run", at=((), ("--at", "30", "SIGTERM"))))
+    (status, out, told), (other_status, other_out, other_told) = ended
+    assert status == other_status == 0, told + other_told
+    assert "2 process(es) with 2 device(s) each" in told and "on 4 device(s)" in told and "top-1" in told
+    assert "top-1" not in other_told and "error" not in other_told, "one process tells how it goes"
+    # Each makes sure that its devices agree to the bit, and so must the processes.
+    states, others = ([line for line in words.splitlines() if "state" in line] for words in (out, other_out))
+    assert len(states) == 2 and states == others
+    stopped = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit())
+    assert 30 < stopped < LAST and f"stopped after step {stopped}, which is saved" in told
+
+    ((status, _, told),) = end([start(tmp_path / "run", devices=1)])
+    assert status == 0 and f"going on after step {stopped}" in told and "on 1 device(s)" in told
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, tmp_path, monkeypatch, call):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "shown", interrupted(train.shown, 6, signal.SIGTERM))
+        status, _, told = call(train.main, *RUN, "--workdir", workdir)
+    assert status == 0 and "stopped after step 7, which is saved" in told
+    began = time.monotonic()
+    (status, _, told), (killed, _, _) = end(start_two(workdir, at=((), ("--at", "12", "SIGKILL"))))
+    assert killed == -signal.SIGKILL and status not in (0, killed) and time.monotonic() - began < 120
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "going on after step 7" in told and len(errors) == 1 and "its output says why" in errors[0]
+    status, _, told = call(train.main, *RUN, "--workdir", workdir)
+    assert status == 0 and "going on after step 7" in told
+    assert_same_run(workdir, alone)
+
+
+def test_processes_with_other_settings_or_no_shared_workdir_are_told_so(tmp_path):
+    other = (*RUN, "--seed", "1")
+    for status, _, told in end(start_two(tmp_path / "run", options=(RUN, other))):
+        assert status == 2 and "error: processes differ in their settings: 0 from 1" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((None, 2, 0), "give all three"),
+        (("here:1", 2, 2), "counts from 0"),
+        (("here", 2, 0), "is HOST:PORT"),
+    ],
+)
+def test_how_processes_meet_is_checked(given, told):
+    with pytest.raises(ValueError, match=told), parallel.joined(*given):
+        pass
+
+
+def test_processes_meet_by_themselves_only_where_the_surroundings_tell_of_others(monkeypatch):
+    met = []
+    monkeypatch.setattr(parallel, "_meet", lambda *given: met.append(given))
+    for environment, several in (
+        ({}, False),
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "1.2.3.4"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "1.2.3.4", "JOB_COMPLETION_INDEX": "0"}, True),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            met.clear()
+            with parallel.joined():
+                assert met == [(None, None, None)] * several, environment

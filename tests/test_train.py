@@ -1,0 +1,382 @@
+import dataclasses
+import fcntl
+import json
+import resource
+import shutil
+import signal
+import struct
+
+import jax
+import numpy as np
+import pytest
+from conftest import figures_of
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+from small_training import few_units, interrupted
+from tensorboardX.proto import event_pb2
+
+from shufflenet_jax import __main__, checkpoint
+from shufflenet_jax.commands import evaluate, train
+from shufflenet_jax.config import PRESETS, TrainConfig
+from shufflenet_jax.data import transforms
+from shufflenet_jax.data.pipeline import train_batches
+from shufflenet_jax.data.sources import open_source
+from shufflenet_jax.errors import InputError
+from shufflenet_jax.finetuning import initial_variables
+from shufflenet_jax.loading import load_model
+from shufflenet_jax.targets import load_predictions
+
+SMALL = ("--config", "digits", "--image-size", 16)
+TINY = (*SMALL, "--epochs", 2, "--eval-every", 1, "--log-every", 10, "--mixup", 0.2, "--ema-decay", 0.9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+    with few_units():
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a short training on the digits."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main([str(word) for word in (*TINY, "--workdir", workdir)]) == 0
+    return workdir
+
+
+def read_rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "checkpoints", "config.json", "curves.png", "events", "lock", "metrics.jsonl", "model.json",
+    }  # fmt: skip
+    rows = read_rows(trained)
+    assert all(
+        set(row) == {"step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second", "grad_norm"}
+        for row in rows
+    )
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (10, "train"), (20, "train"), (23, "train"), (23, "eval"), (23, "eval_ema"),
+        (30, "train"), (40, "train"), (46, "train"), (46, "eval"), (46, "eval_ema"),
+    ]  # fmt: skip
+    # Two thirds are right after 46 steps; a mistake in loss, gradient or data leaves it at a tenth.
+    assert rows[-2]["top1"] > 30 and rows[-3]["loss"] < rows[0]["loss"]
+    assert rows[0]["lr"] == pytest.approx(0.02 * (46 - 9) / 46)
+    record = json.loads((trained / "config.json").read_text())
+    assert record["settings"]["epochs"] == 2 and record["versions"]["jax"] == jax.__version__
+    assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
+    with Image.open(trained / "curves.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def events_of(workdir):
+    """{(tag, step): value} of all TensorBoard events, in the order of their files."""
+    found = {}
+    for path in sorted((workdir / "events").iterdir()):
+        data, position = path.read_bytes(), 0
+        while position < len(data):  # Length, checksum, event, checksum.
+            (length,) = struct.unpack_from("<Q", data, position)
+            event = event_pb2.Event.FromString(data[position + 12 : position + 12 + length])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            position += length + 16
+    return found
+
+
+def test_tensorboard_sees_the_figures_of_the_log(trained):
+    events, expected = events_of(trained), {}
+    for row in read_rows(trained):
+        figures = {name: value for name, value in row.items() if name not in ("step", "epoch", "split")}
+        expected |= {(f"{row['split']}/{name}", row["step"]): v for name, v in figures.items() if v is not None}
+    assert events.keys() == expected.keys() and ("eval_ema/top1", 46) in events
+    assert_allclose([events[key] for key in expected], list(expected.values()), rtol=1e-6)  # Stored as float32.
+
+
+def test_moving_averages_are_evaluated_on_request(trained, ten_classes, call, refused):
+    best = max((row for row in read_rows(trained) if row["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
+    (average,) = (r for r in read_rows(trained) if r["split"] == "eval_ema" and r["step"] == best["step"])
+    _, out, _ = call(evaluate.main, "--checkpoint", trained, "--data", "digits", "--ema")
+    assert figures_of(out)["loss"] == pytest.approx(average["loss"], abs=1e-5)
+    assert average["loss"] != best["loss"]
+    model, data = ten_classes
+    assert "no moving averages" in refused(evaluate.main, "--checkpoint", model, "--data", data, "--ema")
+
+
+def test_plot_draws_the_curves_again(trained, tmp_path, call, refused):
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "metrics.jsonl", tmp_path / "run")
+    assert call(__main__.main, "plot", tmp_path / "run")[:2] == (0, f"{tmp_path / 'run/curves.png'}\n")
+    with Image.open(tmp_path / "run/curves.png") as ours, Image.open(trained / "curves.png") as theirs:
+        assert ours.size == theirs.size
+    assert "holds no metrics.jsonl" in refused(__main__.main, "plot", tmp_path)
+
+
+def test_a_network_learns_from_a_teacher_with_weighted_classes_and_recalibrates(trained, tmp_path, call, refused):
+    np.savetxt(tmp_path / "weights.txt", np.linspace(0.5, 1.5, 10))
+    argv = (*SMALL, "--steps", 3, "--recalibrate", 1, "--width", 1.0, "--teacher", trained)
+    argv += ("--class-weights", tmp_path / "weights.txt", "--scale-lr-from", 128)
+    status, _, told = call(train.main, *argv, "--workdir", tmp_path / "run")
+    assert status == 0 and "3 steps and 1 for the running statistics" in told
+    assert "learning rate 0.01 (0.02 for batches of 128)" in told
+    rows = read_rows(tmp_path / "run")
+    assert [(row["step"], row["split"]) for row in rows] == [(3, "train"), (3, "eval"), (4, "train"), (4, "eval")]
+    assert rows[2]["lr"] == 0 and rows[3]["loss"] != rows[1]["loss"]
+
+    np.savetxt(tmp_path / "nine.txt", np.ones(9))
+    (tmp_path / "words.txt").write_text("many\n")
+    np.savez(tmp_path / "few.npz", label=np.zeros(3), logits=np.zeros((3, 10)))
+    np.savez(tmp_path / "other.npz", logits=np.zeros((3, 10)))
+    cases = {
+        ("--class-weights", tmp_path / "nine.txt"): "10 classes",
+        ("--class-weights", tmp_path / "words.txt"): "cannot be read",
+        ("--class-weights", tmp_path / "none.txt"): "cannot be read",
+        ("--teacher", tmp_path / "none"): "no model at",
+        ("--teacher", tmp_path / "few.npz"): "logits of shape (3, 10)",
+        ("--teacher", tmp_path / "other.npz"): "no predictions",
+        ("--teacher", tmp_path / "none.npz"): "no predictions",
+        ("--teacher", trained, "--preprocessing", "cifar10"): "in_chans 1",
+    }
+    for words, reason in cases.items():
+        assert reason in refused(train.main, *SMALL, *words, "--workdir", tmp_path / "other"), words
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(trained, tmp_path, call, refused):
+    argv = (*SMALL, "--init-from", trained, "--freeze", "backbone", "--steps", 1, "--workdir", tmp_path / "run")
+    status, _, told = call(train.main, *argv)
+    assert status == 0 and "begins with 102 of 102 tensors" in told and "made anew" not in told
+    assert "conv1, stage2, stage3, stage4, conv5, with their statistics" in told
+    (_, before, _), (_, after, _) = load_model(trained), load_model(tmp_path / "run")
+    for tree in before, after:
+        assert tree["params"].pop("fc")
+    jax.tree.map(assert_array_equal, after, before)
+    status, _, told = call(train.main, *argv)
+    assert status == 0 and "going on after step 1" in told and "begins with" not in told
+
+    cases = {
+        ("--width", 1.0, "--init-from", trained): "has width 0.5",
+        ("--init-from", tmp_path / "none"): "no model at",
+        ("--freeze", "stage1,fc"): "freeze names",
+    }
+    for words, reason in cases.items():
+        assert reason in refused(train.main, *SMALL, *words, "--workdir", tmp_path / "other"), words
+        assert not (tmp_path / "other").exists()
+
+
+def test_other_classes_make_the_classifier_anew(ten_classes, capfd):
+    model, _ = ten_classes
+    module, stored, info = load_model(model)
+    config = TrainConfig(data="x", width=0.5, init_from=str(model), preprocessing="megvii")
+    found = initial_variables(
+        module.clone(num_classes=3), config, dataclasses.replace(info, num_classes=3, classes=None)
+    )
+    told = capfd.readouterr().err
+    assert "made anew: fc" in told and "normalised in another way" in told
+    assert found["params"].pop("fc")["kernel"].shape == (1024, 3) and stored["params"].pop("fc")
+    jax.tree.map(assert_array_equal, found, stored)
+
+
+def test_stored_predictions_travel_with_their_examples(trained, tmp_path, call):
+    argv = ("--checkpoint", trained, "--data", "digits", "--split", "train", "--predictions", tmp_path / "p.npz")
+    assert call(evaluate.main, *argv)[0] == 0
+    config = dataclasses.replace(PRESETS["digits"], image_size=16, shift=0)
+    source = open_source("digits", "train")
+    stored = load_predictions(tmp_path / "p.npz", source)
+    batch = next(iter(train_batches(source, config, stop_step=1, stored=stored)))
+    module, variables, info = load_model(trained)
+    logits = module.apply(variables, transforms.normalize(batch["images"], info.preprocess))[0]
+    assert_allclose(batch["teacher"], logits, atol=1e-4)  # Folding rounds in another order.
+    wrong = {**stored, "label": (stored["label"] + 1) % 10}
+    with pytest.raises(InputError, match="belong to other data"):
+        next(iter(train_batches(source, config, stop_step=1, stored=wrong)))
+
+
+def test_the_schedule_is_printed_and_drawn_without_data_or_workdir(tmp_path, call, refused):
+    argv = ("--config", "in1k", "--data-dir", tmp_path, "--print-schedule", tmp_path / "lr.png")
+    status, out, _ = call(train.main, *argv)
+    rows = {int(words[0].replace(",", "")): float(words[2]) for words in map(str.split, out.splitlines()[3:-1])}
+    assert status == 0 and "1,281,167 images, 300 epochs of 1,252 steps, the last with 144 images" in out
+    for step, rate in {0: 0.05, 4999: 0.0493345, 5000: 0.493344, 187_800: 0.25, 375_599: 1.3312e-6}.items():
+        assert rows[step] == pytest.approx(rate, rel=1e-4)
+    with Image.open(tmp_path / "lr.png") as picture:
+        assert picture.size[0] > 500
+    assert [path.name for path in tmp_path.iterdir()] == ["lr.png"]
+    for name, told in {"in1k_megvii": "300,000 steps and 1,250 for the running", "in1k_torchvision": "0.005\n"}.items():
+        status, out, _ = call(train.main, "--config", name, "--data-dir", tmp_path, "--print-schedule")
+        assert status == 0 and told in out
+    assert "no data at" in refused(train.main, "--config", "in1k", "--data", tmp_path / "none", "--print-schedule")
+
+
+def test_a_workdir_is_a_checkpoint_its_best_one(trained, call, tmp_path):
+    rows = [row for row in read_rows(trained) if row["split"] == "eval"]
+    best = max(rows, key=lambda row: (row["top1"], row["step"]))
+    _, out, _ = call(evaluate.main, "--checkpoint", trained, "--data", "digits")
+    assert figures_of(out)["top1"] == round(best["top1"], 2)
+    # With the best gone, the newest is what there is.
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / f"run/checkpoints/{best['step']}")
+    (other,) = (row for row in rows if row["step"] != best["step"])
+    _, out, _ = call(evaluate.main, "--checkpoint", tmp_path / "run", "--data", "digits")
+    assert figures_of(out)["top1"] == round(other["top1"], 2)
+
+
+def state_of(workdir, step):
+    with checkpoint.TrainingCheckpoints(workdir, read_only=True) as checkpoints:
+        folder = checkpoints.directory / str(step)
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return [checkpointer.restore(folder / name) for name in ("variables", "optimizer", "ema")]
+
+
+def damage(folder):
+    """Cuts the large files of a checkpoint."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100_000:
+            path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_a_stopped_run_saves_and_the_same_command_goes_on_to_the_same_numbers(trained, tmp_path, call, monkeypatch):
+    """From the last whole checkpoint: the newest is damaged."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    damage(workdir / "checkpoints/46")
+    monkeypatch.setattr(train, "shown", interrupted(train.shown, 29, signal.SIGTERM))
+    status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
+    assert status == 0 and "checkpoints/46/variables is damaged" in stderr and "going on after step 23" in stderr
+    assert "stopped after step 30, which is saved" in stderr and (workdir / "damaged-46").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
+    assert status == 0 and "going on after step 30" in stderr
+    for ours, theirs in zip(*map(jax.tree.leaves, (state_of(workdir, 46), state_of(trained, 46))), strict=True):
+        assert_array_equal(ours, theirs)
+
+    def timeless(workdir):
+        return [{key: row[key] for key in row if key != "images_per_second"} for row in read_rows(workdir)]
+
+    assert timeless(workdir) == timeless(trained)
+    assert events_of(workdir).keys() == events_of(trained).keys()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_changes_nothing(trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for step in (23, 46):
+        damage(workdir / f"checkpoints/{step}")
+    assert "no checkpoint can be read any more" in refused(train.main, *TINY, "--workdir", workdir)
+    assert len(list((workdir / "checkpoints").iterdir())) == 2 and read_rows(workdir) == read_rows(trained)
+
+
+def test_a_second_process_on_a_workdir_is_refused(trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    with open(workdir / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process trains in" in refused(train.main, *TINY, "--workdir", workdir)
+    assert read_rows(workdir) == read_rows(trained)
+
+
+@pytest.fixture
+def small_files():
+    """No file may become as large as a checkpoint's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(trained, tmp_path, call, request):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints/46")
+    before = state_of(workdir, 23)
+    request.getfixturevalue("small_files")
+    status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and "cannot be written" in errors[0], stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["23"]
+    jax.tree.map(assert_array_equal, state_of(workdir, 23), before)
+
+
+def test_a_finished_run_stays_as_it_is(trained, tmp_path, call):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    assert call(train.main, *TINY, "--workdir", workdir)[0] == 0
+    assert read_rows(workdir) == read_rows(trained)
+
+
+def test_train_refuses_bad_input_in_one_line_and_leaves_no_workdir(trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    cases = {
+        (): "--config",
+        ("--config", "in22k"): "'in22k'",
+        ("--config", "digits", "--width", "0.7"): "width is 0.7",
+        ("--config", "digits", "--epochs", "0"): "epochs is 0",
+        ("--config", "digits", "--momentum", "1"): "momentum is 1.0",
+        ("--config", "digits", "--seed", "-1"): "seed is -1",
+        ("--config",): "--config",
+        ("--config", "digits", "--learning-rate", "nan"): "learning_rate is nan",
+        ("--config", "digits", "--bacth-size", "3"): "--bacth-size",
+        ("--config", "digits", "--data", tmp_path / "none"): "no data at",
+        ("--config", "digits", "--train-split", "extra"): "no split 'extra'",
+    }
+    for argv, told in cases.items():
+        assert told in refused(train.main, "--workdir", workdir, *argv), argv
+        assert not workdir.exists(), argv
+    before = read_rows(trained)
+    line = refused(train.main, *TINY, "--width", 1.0, "--seed", 3, "--workdir", trained)
+    assert "seed is 0 there and 3 here" in line and "width is 0.5 there and 1.0 here" in line
+    assert read_rows(trained) == before
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, refused):
+    line = refused(train.main, *TINY, "--batch-size", 66, "--workdir", tmp_path / "run")
+    assert "multiple of the 4 devices" in line and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_training_is_left_alone(ten_classes, tmp_path, refused):
+    model, _ = ten_classes
+    shutil.copytree(model, tmp_path / "model")
+    before = (tmp_path / "model/model.json").read_text()
+    assert "no training of ours" in refused(train.main, *TINY, "--workdir", tmp_path / "model")
+    assert (tmp_path / "model/model.json").read_text() == before
+    assert len(list((tmp_path / "model").iterdir())) == 2
+
+
+def test_a_run_that_never_saved_anything_may_change_its_settings(tmp_path):
+    argv = (*TINY, "--learning-rate", 1e30, "--log-every", 3, "--workdir", tmp_path / "run")
+    with pytest.raises(InputError, match=r"not finite at step .*; no checkpoint was saved yet"):
+        train.main(list(map(str, argv)))
+    info = tmp_path / "run/model.json"
+    info.unlink()  # As if it had been stopped between its two files.
+    with pytest.raises(InputError, match="not finite at step"):
+        train.main(list(map(str, (*argv, "--dropout", 0.5))))
+    assert json.loads(info.read_text())["dropout"] == 0.5
+
+
+def test_a_last_batch_too_small_for_batch_statistics_is_refused_before_anything_is_written(tmp_path, refused):
+    argv = ("--config", "digits", "--image-size", 8, "--bn-group-size", 2)
+    assert "change batch_size" in refused(train.main, *argv, "--workdir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_that_do_not_divide_a_batch_are_refused(tmp_path, refused):
+    argv = (*TINY, "--bn-group-size", 24, "--workdir", tmp_path / "run")
+    assert "multiple of bn_group_size, 24" in refused(train.main, *argv)
+    argv = (*TINY, "--batch-size", 96, "--bn-group-size", 32, "--accumulate", 1, "--workdir", tmp_path / "run")
+    assert "whole groups of 32" in refused(train.main, *argv)
+
+
+def test_training_names_a_damaged_image_once_and_stops_at_too_many(capfd):
+    config = TrainConfig(data="x", max_damaged=0.05)
+    batches = [{"labels": 1, "damaged": np.array(["", name])} for name in ("a is cut", "a is cut", "", "b is cut")]
+    passed = train.without_damage(batches, config, examples=40)
+    assert list(passed) == [{"labels": 1}] * 4
+    told = capfd.readouterr().err
+    assert told.count("a is cut") == 1 and "warning: b is cut; another one takes its place" in told
+    batches = [{"labels": 1, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
+    with pytest.raises(InputError, match="3 of 40 training images are damaged"):
+        list(train.without_damage(batches, config, examples=40))
