@@ -66,6 +66,7 @@ def main():
             tail = [str(options.seconds)] if key[0] == "tf.data" else ["--seconds", str(options.seconds), "--data", "x"]
             contenders[key] = cores, words + tail
         rates = measure(contenders, options.rounds)
+        sizes = {where: mean_size(home / "files") for where, home in sets.items()}
         memory = [sys.executable, __file__, "--child", "memory", "", str(sets["short edge 256"]), "--data", "x"]
         resident = json.loads(subprocess.run(memory, capture_output=True, text=True, check=True).stdout)
     show(rates, bool(options.tf_python))
@@ -73,7 +74,8 @@ def main():
     print(f"\nresident memory in MiB, fast, threads: {told} examples")
     if options.json:
         rows = [{"contender": name, "set": where, "images_per_second": found} for (name, where), found in rates.items()]
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        record = {"machine": machine(), "bytes_per_image": sizes, "rows": rows}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 
@@ -100,6 +102,10 @@ def prepare_sets(data, split, folder):
         prepare.write(plan, processes=1)
         sets[where] = home
     return sets
+
+
+def mean_size(folder):
+    return statistics.mean(path.stat().st_size for path in folder.rglob("*.*") if path.is_file())
 
 
 def measure(contenders, rounds):

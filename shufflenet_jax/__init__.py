@@ -1,27 +1,48 @@
 """ShuffleNetV2 in JAX/Flax, with every published weight importable and proven equal.
 
 >>> import shufflenet_jax as snet
+>>> model = snet.get_model("shufflenet_v2_x1_0", pretrained=True)
+>>> snet.inference_model(model, "bird.jpg")["pred_class"]
 >>> module, variables = snet.load("shufflenet_v2_x1_0")
 >>> logits, features = module.apply(variables, images)
 """
 
-__all__ = ["ShuffleNetV2", "load"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .inference import Model, get_model, inference_model
+    from .model import ShuffleNetV2
+    from .published import list_models
+
+__all__ = ["Model", "ShuffleNetV2", "get_model", "inference_model", "list_models", "load"]
+
+_PLACES = {
+    "Model": "inference",
+    "ShuffleNetV2": "model",
+    "get_model": "inference",
+    "inference_model": "inference",
+    "list_models": "published",
+}
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # The libraries take seconds to import: only what is asked for is.
-    if name == "ShuffleNetV2":
-        from .model import ShuffleNetV2
-
-        return ShuffleNetV2
+    if name in _PLACES:
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def load(checkpoint, **settings):
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load(checkpoint: Any, **settings: Any) -> tuple[Any, Any]:
     """The network in a checkpoint, for a Flax loop of your own.
 
     Args:
-      checkpoint: a model directory, a training workdir (its best checkpoint, else the latest) or a .pth file.
+      checkpoint: a published name, a model directory, a training workdir (its best checkpoint, else the latest) or a
+        .pth file.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:
       (module, variables): a ShuffleNetV2 and its {"params", "batch_stats"} as NumPy arrays.

@@ -9,6 +9,10 @@ from .cli import CommandLine, run
 COMMANDS = {  # name: (module with main(argv), what it does)
     "train": ("train", "train a preset"),
     "eval": ("evaluate", "evaluate a checkpoint"),
+    "predict": ("predict", "tell what is in images"),
+    "models": ("models", "list the published weights"),
+    "info": ("info", "tell what a network costs, stage by stage"),
+    "publish": ("publish", "make a model directory to give away of a checkpoint"),
     "prepare": ("prepare", "turn images or TFRecords into a data set that trains at full speed"),
     "verify": ("verify", "tell what a data set holds, and what in it cannot be read"),
     "plot": ("plot", "draw the curves of a training"),

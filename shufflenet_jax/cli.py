@@ -84,6 +84,11 @@ def speak_as(process, processes):
     _process, _processes = process, processes
 
 
+def usable_cores():
+    """How many cores this process may use: a scheduler may have bound it to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def progress(**options):
     """A progress bar on stderr with rate and time left; silent where nobody watches the terminal."""
     return tqdm(file=sys.stderr, dynamic_ncols=True, disable=True if _process else None, **options)

@@ -1,6 +1,7 @@
 """Places on disk: the cache, and files and folders that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -45,6 +46,22 @@ def written_aside(target, *, folder=False):
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(target):
+    """Lets one process at a time make a file or folder of the cache: the others wait, and find it made."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(target.with_name(f".{target.name}.lock"), os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise InputError(f"the cache {target.parent} cannot be written: {error.strerror}") from error
+    try:
+        with contextlib.suppress(OSError):  # Some network file systems know no locks.
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def hash_of(path):

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from .checkpoint import load_directory
-from .files import cache_dir, hash_of
+from .files import cache_dir, hash_of, locked
+from .published import PUBLISHED, file_of
 
 
 def load_model(checkpoint, *, ema=False, **settings):
     """The network in a checkpoint of any form.
 
     Args:
-      checkpoint: a model directory, a training workdir (its best checkpoint, else the latest), or a .pth file, which is
-        converted once and kept in the cache.
+      checkpoint: a model directory, a training workdir (its best checkpoint, else the latest), a published name, whose
+        file is downloaded, or a .pth file; both are converted once and kept in the cache.
       ema: take the moving averages that a training or an MMPretrain file keeps beside the weights.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:
@@ -20,6 +21,8 @@ def load_model(checkpoint, *, ema=False, **settings):
       InputError: nothing usable lies there.
     """
     path = Path(checkpoint).expanduser()
+    if str(checkpoint) in PUBLISHED and not path.exists():
+        path = file_of(str(checkpoint))
     if path.is_file():
         return load_directory(_converted(path, ema), **settings)
     return load_directory(path, ema=ema, **settings)
@@ -31,5 +34,7 @@ def _converted(path, ema):
     if not directory.exists():
         from .porting import convert  # Needs torch, whose import alone takes a second.
 
-        convert.into_cache(path, directory, ema=ema)
+        with locked(directory):
+            if not directory.exists():
+                convert.into_cache(path, directory, ema=ema)
     return directory

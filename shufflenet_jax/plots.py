@@ -1,4 +1,6 @@
-"""Pictures of a training run."""
+"""Pictures of a training run and of what a model sees."""
+
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -76,3 +78,46 @@ def plot_batch(batch, titles, target):
         axes.axis("off")
     with written_aside(target) as draft:
         figure.savefig(draft, format="png")
+
+
+def plot_predictions(predictions, target):
+    """Draws images with the classes seen in them, most likely first, into a PNG file.
+
+    Args:
+      predictions: [(uint8 (H, W, C), {"image": name, "topk": [{"class", "score"}]}, class-activation map or None)].
+      target: the file.
+    """
+    columns = min(3, len(predictions))
+    rows = -(-len(predictions) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.5 * rows), dpi=130, layout="constrained")
+    grid = figure.subfigures(rows, columns, squeeze=False)
+    for place, (image, row, cam) in zip(grid.flat, predictions, strict=False):
+        left, right = place.subplots(1, 2, width_ratios=(1, 1.1))
+        height, width = image.shape[:2]
+        left.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        if cam is not None:
+            left.imshow(
+                cam,
+                cmap="inferno",
+                alpha=0.15 + 0.5 * cam,
+                interpolation="bilinear",
+                vmin=0,
+                vmax=1,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            )
+        left.axis("off")
+        left.set_title(Path(row["image"]).name[-28:], fontsize=8, loc="left")
+        _bars(right, row["topk"])
+    with written_aside(target) as draft:
+        figure.savefig(draft, format="png")
+
+
+def _bars(axes, best):
+    """A bar for each class, its name above it."""
+    for place, entry in enumerate(best):
+        axes.barh(place, 1, height=0.3, color="0.93")
+        axes.barh(place, entry["score"], height=0.3, color="tab:blue")
+        axes.text(0, place - 0.24, entry["class"][:26], fontsize=8, va="bottom")
+        axes.text(1, place - 0.24, f"{100 * entry['score']:.1f} %", fontsize=8, va="bottom", ha="right", color="0.35")
+    axes.set(xlim=(0, 1), ylim=(max(len(best), 3) - 0.6, -0.8))
+    axes.axis("off")

@@ -34,6 +34,7 @@ def few_units():
 
 def _set_units(units):
     model.UNITS.update(units)
+    model._variable_shapes.cache_clear()
     jax.clear_caches()  # What is traced is known by the network alone.
 
 

@@ -446,15 +446,15 @@ def test_mixing_draws_once_a_group_from_the_distributions_asked_for():
 
 @pytest.fixture(scope="module")
 def real_steps(shared):
-    """Steps from the real 1.0x weights, on random crops of 16 real images each, at which the network has a gradient."""
+    """Steps from the real 1.0x weights, on random crops of 8 real images each, at which the network has a gradient."""
     file = convert.read(shared / "weights/shufflenet_v2_x1_0_torchvision.pth")
     # With seed 0 the loss is 84 after two steps at these rates, and rounding grows to 3e-7; with 1 too few are usable.
     config = dataclasses.replace(IN1K, batch_size=96, bn_group_size=0, seed=2)
     batch = next(iter(train_batches(open_source(shared / "imagenet-val227"), config, stop_step=1)))
     images = np.where(batch["flip"][:, None, None, None], batch["images"][:, :, ::-1], batch["images"])
     usable = [i for i, image in enumerate(images) if is_differentiable(image, file.tensors["conv1.0.weight"])]
-    assert len(usable) >= 48
-    rows = np.reshape(usable[:48], (3, 16))
+    assert len(usable) >= 24
+    rows = np.reshape(usable[:24], (3, 8))
     return file.tensors, images[rows], batch["labels"][rows]
 
 
@@ -501,7 +501,7 @@ def test_a_step_in_float32_is_as_near_to_float64_as_pytorchs(real_steps):
     tensors, images, labels = real_steps
     ratios = {}
     for i in range(3):
-        step = Step(tensors, images[i : i + 1, :8], labels[i : i + 1, :8])
+        step = Step(tensors, images[i : i + 1], labels[i : i + 1])
         ours, theirs = step.in_jax("float32")[0], step.in_pytorch("float32")[0]
         with jax.enable_x64(True):
             exact = step.in_pytorch("float64")[0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import parallel
-from ..cli import CommandLine, positive_integer, progress
+from ..cli import CommandLine, add_process_options, positive_integer, progress
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..deploy import deploy
@@ -32,6 +32,14 @@ EXPECTED = {  # option: (figure, type, meaning)
 
 def main(argv):
     options = parse(argv)
+    with parallel.joined(options.coordinator_address, options.num_processes, options.process_id):
+        return evaluate_checkpoint(options)
+
+
+def evaluate_checkpoint(options):
+    """Evaluates what the options ask for; returns the exit status. All processes of a run do this together."""
+    if options.predictions and jax.process_count() > 1:
+        raise InputError("--predictions keeps the logits of one process; evaluate with one alone")
     settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
     module, variables, info = load_model(options.checkpoint, ema=options.ema, **settings)
     if not info.num_classes:
@@ -44,13 +52,15 @@ def main(argv):
         num_classes=info.num_classes,
     )
     total = min(options.limit or len(source), len(source))
+    parallel.require_same("images and classes", (total, info.classes))
 
     if options.lowering != "plain":
         module, variables = deploy(module, variables)
     # Small batches let a CPU decode and predict by turns; accelerators want to be filled.
     batch_size = options.batch_size or (CPU_BATCH if jax.default_backend() == "cpu" else ACCELERATOR_BATCH)
+    batch_size = parallel.shared_equally(min(batch_size, total))
     step = parallel.map_eval_step(partial(eval_step, module, info.preprocess, flip=options.tta == "flip"))
-    batches = eval_batches(source, info.preprocess, batch_size=min(batch_size, total), limit=total)
+    batches = eval_batches(source, info.preprocess, batch_size=batch_size, limit=total, **parallel.own_slice())
     # Opened first: a place that cannot be written should not cost an evaluation.
     with written_aside(options.predictions) if options.predictions else nullcontext() as draft:
         figures, rows = evaluate(
@@ -61,8 +71,9 @@ def main(argv):
                 np.savez(file, **rows)
     figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
     missed = misses(figures, options)
-    print(*missed, sep="", end="", file=sys.stderr)
-    print(json.dumps(figures))
+    if parallel.is_first():
+        print(*missed, sep="", end="", file=sys.stderr)
+        print(json.dumps(figures))
     return 1 if missed else 0
 
 
@@ -82,6 +93,7 @@ def parse(argv):
     parser.add_argument(
         "--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference, batch norm and all"
     )
+    add_process_options(parser)
     for option, (_, kind, meaning) in EXPECTED.items():
         told = f"the {meaning}; exit 1 if another comes out"
         parser.add_argument(option, type=kind, metavar="N" if kind is int else "P", help=told)
@@ -93,7 +105,7 @@ def shown(batches, total):
     with progress(total=total, unit="image", desc="evaluating") as bar:
         for batch in batches:
             yield batch
-            bar.update(int(batch["mask"].sum()))
+            bar.update(int(batch["mask"].sum()) * jax.process_count())
 
 
 def misses(figures, options):

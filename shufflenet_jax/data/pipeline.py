@@ -5,13 +5,13 @@ number of hosts, workers and threads sees the same global batches.
 """
 
 import functools
-import os
 
 import grain
 import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
+from ..cli import usable_cores
 from ..errors import InputError
 from ..rows import Epoch, plan_layout
 from . import augment, transforms
@@ -123,7 +123,7 @@ def _host_rows(batch_size, start, stop, host, hosts):
 
 def _batches(examples, batch_size, workers, threads):
     """Batches of a MapDataset; a thread makes a whole batch, and some are ready before they are asked for."""
-    threads = threads or os.cpu_count()
+    threads = threads or usable_cores()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = examples.batch(batch_size).to_iter_dataset(options)
     if not workers:

@@ -9,7 +9,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import tarfile
@@ -26,6 +25,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from ..cli import usable_cores
 from ..errors import InputError
 from .labels import imagenet_classes
 from .sources import IMAGE_SUFFIXES
@@ -420,7 +420,7 @@ def write(plan, *, processes=None, on_done=lambda report: None):
     _claim(plan)
     reports = {}
     for split, jobs in plan.splits.items():
-        write_shards(jobs, processes or os.cpu_count(), on_done)
+        write_shards(jobs, processes or usable_cores(), on_done)
         reports[split] = [json.loads(_note(job.target).read_text(encoding="utf-8")) for job in jobs]
     _describe(plan, reports)
     shutil.rmtree(plan.draft / "notes")

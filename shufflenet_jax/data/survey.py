@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..cli import usable_cores
 from ..errors import InputError
 from .transforms import decode, orientation_in
 
@@ -46,7 +46,7 @@ class Survey:
 def survey(source, *, threads=None, on_done=lambda: None):
     """Reads and decodes every image of a Source once; `on_done` is called after each. Returns a Survey."""
     found, same = Survey(), defaultdict(list)
-    threads = threads or os.cpu_count()
+    threads = threads or usable_cores()
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), AHEAD * threads):
             part = range(start, min(start + AHEAD * threads, len(source)))

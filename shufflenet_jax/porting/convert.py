@@ -161,7 +161,7 @@ def convert(file, *, dialect=None):
         num_classes=module.num_classes,
         conv5=module.conv5,
         classes=_label_names(module.num_classes, file.classes),
-        preprocess=rules.preprocess.get(module.width, rules.preprocess[None]),
+        preprocess=rules.preprocess_of(module.width),
         source={"file": file.name, "sha256": file.sha256, "dialect": spoken, "batches_tracked": counts},
     )
     return Conversion(module, variables, info, spoken, tensors)

@@ -32,6 +32,10 @@ class Dialect:
     # How the authors evaluate: by width, None for all others.
     preprocess: dict[float | None, Preprocess]
 
+    def preprocess_of(self, width):
+        """How the authors evaluate a width."""
+        return self.preprocess.get(width, self.preprocess[None])
+
     def layer_keys(self):
         """{our ConvBN's path: (their convolution, their batch norm)}, in the order of the network."""
         layers = {"conv1": self.conv1}

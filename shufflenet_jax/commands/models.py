@@ -1,0 +1,42 @@
+"""`models`: the published weights, what they are and where they come from."""
+
+import json
+
+from ..accounting import count
+from ..checkpoint import module_of
+from ..cli import CommandLine
+from ..inference import published_info
+from ..published import list_models
+
+DESCRIPTION = (
+    "List the published weights. Every name is a --checkpoint, whose file is downloaded on first use; Megvii's, which "
+    "lie in a cloud drive, are put into the cache by hand. Accuracies are what the authors publish for ImageNet."
+)
+
+
+def main(argv):
+    parser = CommandLine(prog="shufflenet-jax models", description=DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="a JSON object for each, one a line")
+    options = parser.parse_args(argv)
+    columns = (30, 7, 13, 16, 8, 8, 13, 14)
+    names = ("name", "width", "parameters", "multiply-adds", "top-1", "top-5", "from", "licence")
+    if not options.json:
+        print("".join(f"{name:{width}}" for name, width in zip(names, columns, strict=True)).rstrip())
+    for row in map(describe, list_models().items()):
+        if options.json:
+            print(json.dumps(row))
+            continue
+        told = (row["name"], f"{row['width']}x", f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M")
+        told += (f"{row['top1']:.2f}", f"{row['top5']:.2f}", row["source"], row["licence"])
+        print("".join(f"{word:{width}}" for word, width in zip(told, columns, strict=True)).rstrip())
+    return 0
+
+
+def describe(item):
+    name, published = item
+    info = published_info(name)
+    rows = count(module_of(info), info.preprocess.crop, info.preprocess.crop)
+    costs = {key: sum(getattr(row, key) for row in rows) for key in ("parameters", "multiply_adds")}
+    kept = {key: getattr(published, key) for key in ("width", "layout", "top1", "top5", "source", "licence", "file")}
+    url = f"{published.place}{published.file}" if published.place else None
+    return {"name": name, **costs, **kept, "url": url}

@@ -1,0 +1,86 @@
+"""`publish`: a model directory to give away, of any checkpoint: weights alone, the hash in the name, and a card."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ..accounting import count
+from ..checkpoint import module_of, save_model
+from ..cli import CommandLine
+from ..errors import InputError
+from ..files import written_aside
+from ..loading import load_model
+
+DESCRIPTION = (
+    "Make a model directory to give away: the weights without optimiser state and history, model.json, and a model "
+    "card in README.md. Its name ends with the first 8 digits of the weights' sha256."
+)
+
+
+def main(argv):
+    parser = CommandLine(prog="shufflenet-jax publish", description=DESCRIPTION)
+    parser.add_argument("checkpoint", help="a model directory, a training workdir (its best), or a .pth file")
+    parser.add_argument("--out", type=Path, required=True, help="folder to put it in")
+    parser.add_argument("--name", required=True, help="what to call it, like shufflenet_v2_x0_5_pets")
+    parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
+    parser.add_argument("--licence", required=True, help="under which others may use the weights, like CC-BY-4.0")
+    parser.add_argument("--top1", type=float, metavar="P", help="accuracy in percent to put into the card")
+    parser.add_argument("--top5", type=float, metavar="P", help="the same for the first five classes")
+    parser.add_argument("--data", metavar="WORDS", help="on which data these were measured")
+    options = parser.parse_args(argv)
+    if "/" in options.name or options.name.startswith("."):
+        raise InputError(f"--name is {options.name!r}, but must be the name of a folder")
+    _, variables, info = load_model(options.checkpoint, ema=options.ema)
+    digest = hash_of(variables)
+    target = options.out.expanduser() / f"{options.name}-{digest[:8]}"
+    if target.exists():
+        raise InputError(f"{target} exists already; choose another --out or --name")
+    with written_aside(target, folder=True) as draft:
+        save_model(draft, info, variables)
+        (draft / "README.md").write_text(card(target.name, digest, info, options), encoding="utf-8")
+    print(target)
+    return 0
+
+
+def hash_of(variables):
+    """The sha256 of a network's variables: names, types, shapes and values, in the order of their names."""
+    found = hashlib.sha256()
+    for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree.leaves_with_path(variables)):
+        found.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def card(name, digest, info, options):
+    """The model card, in Markdown."""
+    side = info.preprocess.crop
+    rows = count(module_of(info), side, side)
+    facts = {
+        "network": f"ShuffleNetV2 {info.width}x, {info.layout} layout" + (", small stem" if info.small_stem else ""),
+        "classes": info.num_classes or "none: features alone",
+        "parameters": f"{sum(row.parameters for row in rows):,}",
+        f"multiply-adds at {side} x {side}": f"{sum(row.multiply_adds for row in rows) / 1e6:.1f} M",
+        "input": f"short side {info.preprocess.resize}, central {side} x {side}, {info.preprocess.channel_order}",
+        "top-1": f"{options.top1} %" if options.top1 is not None else None,
+        "top-5": f"{options.top5} %" if options.top5 is not None else None,
+        "measured on": options.data,
+        "made from": info.source.get("file") or info.source.get("config", {}).get("data"),
+        "licence": options.licence,
+        "sha256 of the variables": digest,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
+    return f"""# {name}
+
+| | |
+| --- | --- |
+{table}
+
+```python
+import shufflenet_jax as snet
+
+model = snet.get_model("{name}")
+print(snet.inference_model(model, "image.jpg"))
+```
+"""

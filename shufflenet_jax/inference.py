@@ -1,0 +1,223 @@
+"""Models for people who want predictions: a network, its weights and the way its images are prepared, in one object."""
+
+import dataclasses
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .checkpoint import module_of
+from .config import ModelInfo, Preprocess
+from .data import transforms
+from .data.labels import imagenet_classes
+from .deploy import deploy
+from .errors import InputError
+from .loading import load_model
+from .model import ShuffleNetV2, init_variables
+from .porting import dialects
+from .published import PUBLISHED, find
+
+LONGEST = 100  # Times the short side: what is cut from the middle of a longer image shows next to nothing.
+
+
+class Model:
+    """A network that predicts.
+
+    Attributes:
+      module: a ShuffleNetV2.
+      variables: its {"params", "batch_stats"}, as NumPy arrays.
+      info: a ModelInfo: the classes, and how images are prepared.
+    """
+
+    def __init__(self, module: ShuffleNetV2, variables: Any, info: ModelInfo) -> None:
+        self.module, self.variables, self.info = module, variables, info
+
+    def __call__(self, images: Any) -> jax.Array:
+        """Logits (B, num_classes) of images (B, H, W, C): uint8 in RGB or grey from `preprocess`, or floats as the
+        network takes them, normalised already."""
+        if not self.info.num_classes:
+            raise InputError("the model has no classifier; use extract_feat, or get_model with num_classes")
+        return self.outputs(images)[0]
+
+    def extract_feat(self, images: Any) -> dict[str, jax.Array]:
+        """{"stem", "stage2", "stage3", "stage4", "conv5": (B, h, w, C), "pooled": (B, C)} of images as above."""
+        return self.outputs(images)[1]
+
+    def preprocess(self, image: Any, *, name: str | None = None) -> np.ndarray:
+        """The evaluation transform of one image, uint8 (1, side, side, C), ready for the model.
+
+        Args:
+          image: a path, encoded bytes, or a uint8 array (H, W, 3) in RGB or (H, W) in grey.
+          name: what errors call it; by default its path.
+        Raises:
+          InputError: it is no image.
+        """
+        content, called = _content(image)
+        name = name or called
+        pixels = transforms.pixels_of(content, self.info.preprocess, name)
+        height, width = pixels.shape[:2]
+        if max(height, width) > LONGEST * min(height, width):
+            raise InputError(f"image {name} has {width} x {height} pixels, which is too narrow to tell anything")
+        return transforms.prepare(pixels, self.info.preprocess, name)[None]
+
+    def class_name(self, label: int) -> str:
+        """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
+        classes = self.info.classes
+        if classes is None:
+            return str(label)
+        return imagenet_classes().get(classes[label], classes[label])
+
+    def outputs(self, images: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(logits, features) of images as above, both at once; a backbone's logits are None."""
+        images = jnp.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != self.info.in_chans:
+            raise InputError(
+                f"images have shape {images.shape}, but the model takes (B, H, W, {self.info.in_chans}); give it what "
+                "preprocess returns, or a batch of such images"
+            )
+        return self._apply(self._weights, images)
+
+    @cached_property
+    def _deployed(self):
+        return deploy(self.module, self.variables)
+
+    @property
+    def _weights(self):
+        return self._deployed[1]
+
+    @cached_property
+    def _apply(self):
+        return jax.jit(partial(_outputs, self._deployed[0], self.info.preprocess))
+
+
+def _outputs(deployed, preprocess, weights, images):
+    if images.dtype == jnp.uint8:
+        images = transforms.normalize(images, preprocess, deployed.dtype)
+    # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
+    with jax.default_matmul_precision("default" if deployed.dtype == jnp.bfloat16 else "highest"):
+        return deployed.apply(weights, images.astype(deployed.dtype))
+
+
+def _content(image):
+    """(encoded bytes or a uint8 array, what errors call it) of what `Model.preprocess` takes."""
+    if isinstance(image, (str, Path)):
+        try:
+            return Path(image).expanduser().read_bytes(), str(image)
+        except OSError as error:
+            raise InputError(f"image {image} cannot be read: {error.strerror}; check the path") from error
+    if isinstance(image, bytes):
+        return image, "image"
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,)):
+        raise InputError(
+            f"an image array is {pixels.dtype} of shape {pixels.shape}, but must be uint8 (H, W, 3) in RGB or (H, W)"
+        )
+    return pixels, "array"
+
+
+def get_model(
+    name: str | Path,
+    pretrained: bool = False,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Model:
+    """A model by its published name, or from a checkpoint of your own.
+
+    Args:
+      name: a name of `list_models`, a model directory, a training workdir or a .pth file.
+      pretrained: load the published weights (downloaded on first use); a name alone gives fresh ones. A checkpoint of
+        your own always brings its weights.
+      num_classes: of a new classifier, where it is not the checkpoint's.
+      in_chans: 1 for grey images; the first convolution takes the sum of its weights over the colours.
+      seed: of what is made anew.
+      settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`.
+    Raises:
+      InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
+    """
+    if str(name) in PUBLISHED and not pretrained:
+        info = published_info(str(name))
+        module = module_of(info, **settings)
+        variables = jax.tree.map(np.asarray, init_variables(module, seed=seed))
+    else:
+        module, variables, info = load_model(name, **settings)
+    if (num_classes or info.num_classes, in_chans or info.in_chans) == (info.num_classes, info.in_chans):
+        return Model(module, variables, info)
+    return _adapted(module, variables, info, num_classes or info.num_classes, in_chans or info.in_chans, seed)
+
+
+def published_info(name: str) -> ModelInfo:
+    """The ModelInfo of published weights, before anything is downloaded."""
+    published = find(name)
+    rules = dialects.DIALECTS[published.source.lower()]
+    return ModelInfo(
+        width=published.width,
+        layout=published.layout,
+        num_classes=1000,
+        preprocess=rules.preprocess_of(published.width),
+        classes=tuple(imagenet_classes()),
+    )
+
+
+def _adapted(module, variables, info, num_classes, in_chans, seed):
+    """The Model with another classifier or first convolution."""
+    if in_chans not in (info.in_chans, 1):
+        raise InputError(f"in_chans is {in_chans}, but must be {info.in_chans} or 1")
+    params = dict(variables["params"])
+    changes = {"num_classes": num_classes, "in_chans": in_chans}
+    module = module.clone(**changes)
+    if num_classes != info.num_classes:
+        fresh = jax.tree.map(np.asarray, init_variables(module, seed=seed))
+        params["fc"] = fresh["params"]["fc"]
+        changes |= {"classes": None, "metrics": None}
+    if in_chans != info.in_chans:
+        conv1 = params["conv1"]
+        kernel = conv1["conv"]["kernel"].sum(2, keepdims=True)
+        params["conv1"] = {**conv1, "conv": {**conv1["conv"], "kernel": kernel}}
+        changes |= {"preprocess": _grey(info.preprocess), "metrics": None}
+    return Model(module, {**variables, "params": params}, dataclasses.replace(info, **changes))
+
+
+def _grey(preprocess: Preprocess) -> Preprocess:
+    mean, std = (float(np.mean(values)) for values in (preprocess.mean, preprocess.std))
+    return dataclasses.replace(preprocess, channel_order="L", mean=(mean,), std=(std,))
+
+
+def inference_model(model: Model | str | Path, image: Any) -> dict[str, Any]:
+    """What a model sees in one image.
+
+    Args:
+      model: a Model, a published name or a checkpoint.
+      image: as `Model.preprocess` takes it.
+    Returns:
+      {"pred_label": int, "pred_class": str, "pred_score": float, "pred_scores": (num_classes,) probabilities}.
+    """
+    if not isinstance(model, Model):
+        model = get_model(model, pretrained=True)
+    scores = np.asarray(jax.nn.softmax(model(model.preprocess(image)).astype(jnp.float32)))[0]
+    label = int(scores.argmax())
+    return {
+        "pred_label": label,
+        "pred_class": model.class_name(label),
+        "pred_score": float(scores[label]),
+        "pred_scores": scores,
+    }
+
+
+def class_activation_map(model: Model, conv5: np.ndarray, label: int) -> np.ndarray:
+    """Where a class is seen (Zhou et al., CVPR 2016): what each place of the last features adds to its logit.
+
+    Args:
+      model: a Model with a classifier.
+      conv5: features (h, w, C) of an image.
+      label: the class.
+    Returns:
+      (h, w), from 0, nothing, to 1, most.
+    """
+    seen = np.maximum(conv5 @ model.variables["params"]["fc"]["kernel"][:, label], 0)
+    return seen / max(seen.max(), 1e-12)

@@ -1,0 +1,115 @@
+"""The published weights by name: what they are, where they come from, and how their files get here."""
+
+import os
+import socket
+import sys
+import urllib.error
+from typing import NamedTuple
+
+from .errors import InputError
+from .files import cache_dir, locked
+
+MIRROR = "SHUFFLENET_JAX_MIRROR"
+OPENMMLAB = "https://download.openmmlab.com/mmclassification/v0/shufflenet_v2/"
+SILENT_SECONDS = 60  # After which a server that sends nothing is given up.
+PYTORCH = "https://download.pytorch.org/models/"
+
+
+class Published(NamedTuple):
+    """A file of weights trained on ImageNet-1k."""
+
+    width: float
+    layout: str
+    top1: float  # Percent on the validation images, as published.
+    top5: float
+    file: str
+    sha256: str  # How the file's hash begins.
+    place: str | None  # URL of the folder that holds it; None: the authors' cloud drive, whose files cannot be fetched.
+    source: str
+    licence: str
+
+
+def _torchvision(width, top1, top5, file, sha256):
+    return Published(width, "torchvision", top1, top5, file, sha256, PYTORCH, "torchvision", "BSD-3-Clause")
+
+
+def _megvii(width, top1, top5):
+    return Published(width, "megvii", top1, top5, f"ShuffleNetV2.{width}x.pth.tar", "", None, "Megvii", "MIT")
+
+
+PUBLISHED = {
+    "shufflenet-v2-1x_16xb64_in1k": Published(
+        1.0,
+        "torchvision",
+        69.55,
+        88.92,
+        "shufflenet_v2_batch1024_imagenet_20200812-5bf4721e.pth",
+        "5bf4721e",
+        OPENMMLAB,
+        "MMPretrain",
+        "Apache-2.0",
+    ),
+    "shufflenet_v2_x0_5": _torchvision(0.5, 60.552, 81.746, "shufflenetv2_x0.5-f707e7126e.pth", "f707e7126e"),
+    "shufflenet_v2_x1_0": _torchvision(1.0, 69.362, 88.316, "shufflenetv2_x1-5666bf0f80.pth", "5666bf0f80"),
+    "shufflenet_v2_x1_5": _torchvision(1.5, 72.996, 91.086, "shufflenetv2_x1_5-3c479a10.pth", "3c479a10"),
+    "shufflenet_v2_x2_0": _torchvision(2.0, 76.230, 93.006, "shufflenetv2_x2_0-8be3c8ee.pth", "8be3c8ee"),
+    "megvii-0.5x": _megvii(0.5, 61.1, 82.6),
+    "megvii-1.0x": _megvii(1.0, 69.4, 88.9),
+    "megvii-1.5x": _megvii(1.5, 72.6, 90.6),
+    "megvii-2.0x": _megvii(2.0, 75.0, 92.4),
+}
+
+
+def list_models() -> dict[str, Published]:
+    """{name: Published}, with the figures that their authors publish."""
+    return dict(PUBLISHED)
+
+
+def find(name):
+    """The Published of a name. Raises InputError where there is none."""
+    if name not in PUBLISHED:
+        raise InputError(f"no published model is called {name!r}; there are {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
+
+
+def file_of(name):
+    """The path of a published file in the cache, downloaded on first use.
+
+    SHUFFLENET_JAX_CACHE chooses the cache; SHUFFLENET_JAX_MIRROR a folder's URL from which all files come instead.
+
+    Raises:
+      InputError: it cannot be fetched, or another file came; nothing is left behind.
+    """
+    published = find(name)
+    target = cache_dir() / "downloads" / published.file
+    if target.exists():
+        return target
+    place = os.environ.get(MIRROR) or published.place
+    if place is None:
+        raise InputError(
+            f"{name} cannot be downloaded by a program: get {published.file} from its authors, and give its path, or "
+            f"put it at {target}"
+        )
+    url = f"{place.rstrip('/')}/{published.file}"
+    with locked(target):
+        if not target.exists():
+            _download(url, target, published.sha256)
+    return target
+
+
+def _download(url, target, sha256):
+    from torch import hub  # Takes a second.
+
+    elsewhere = f"download it elsewhere and put it at {target}, or name a mirror in {MIRROR}"
+    print(f"downloading {url}", file=sys.stderr)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_SECONDS)
+    try:
+        hub.download_url_to_file(url, str(target), hash_prefix=sha256, progress=sys.stderr.isatty())
+    except RuntimeError as error:  # Its only one: the hash.
+        raise InputError(f"{url} is cut off or another file ({error}); try again, or {elsewhere}") from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(f"{url} cannot be downloaded ({reason}); {elsewhere}") from error
+    finally:
+        socket.setdefaulttimeout(patience)
