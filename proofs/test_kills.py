@@ -24,7 +24,7 @@ RUNS = max(1, round(20 * SHARE))
 
 
 def start(workdir):
-    command = [sys.executable, ROOT / "train.py", *TRAINING, "--workdir", workdir]
+    command = [sys.executable, ROOT / "tests/small_training.py", *TRAINING, "--workdir", workdir]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

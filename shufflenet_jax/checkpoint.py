@@ -46,7 +46,9 @@ def save_model(directory, info, variables, *, overwrite=False):
 def _by_itself():
     """Orbax's options for a process that reads or writes something without the others of its run."""
     return ocp.options.MultiprocessingOptions(
-        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=str(jax.process_index()),
     )
 
 
