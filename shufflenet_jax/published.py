@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .errors import InputError
 from .files import cache_dir, locked
 
+CARD = "shufflenet-v2-1x_16xb64_in1k"  # The model card that this project follows.
 MIRROR = "SHUFFLENET_JAX_MIRROR"
 OPENMMLAB = "https://download.openmmlab.com/mmclassification/v0/shufflenet_v2/"
 SILENT_SECONDS = 60  # After which a server that sends nothing is given up.
@@ -38,7 +39,7 @@ def _megvii(width, top1, top5):
 
 
 PUBLISHED = {
-    "shufflenet-v2-1x_16xb64_in1k": Published(
+    CARD: Published(
         1.0,
         "torchvision",
         69.55,

@@ -19,6 +19,7 @@ from ..data.sources import IMAGE_SUFFIXES
 from ..errors import InputError
 from ..files import written_aside
 from ..inference import class_activation_map, get_model
+from ..published import CARD
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 LAYERS = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
@@ -63,9 +64,8 @@ def parse(argv):
     parser = CommandLine(prog="shufflenet-jax predict", description=DESCRIPTION)
     told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
-    default = "shufflenet-v2-1x_16xb64_in1k"
-    told = f"a published name, a model directory, a training workdir or a .pth file (default: {default})"
-    parser.add_argument("--checkpoint", default=default, help=told)
+    told = f"a published name, a model directory, a training workdir or a .pth file (default: {CARD})"
+    parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--topk", type=positive_integer, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
     told = f"draw the images with their classes there, the first {MOST_DRAWN} of them"

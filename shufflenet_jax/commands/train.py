@@ -200,8 +200,8 @@ def resume(checkpoints, state):
     if damaged and not found:
         raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
     parallel.require_same("checkpoints", (step, *damaged))
-    for bad, error in damaged.items():
-        tell(f"warning: {error}; it lies in {checkpoints.set_aside(bad)} now")
+    for bad, reason in damaged.items():
+        tell(f"warning: {reason}; it lies in {checkpoints.set_aside(bad)} now")
     if found:
         averages = found.get(checkpoint.EMA)
         state = state.replace(**found[checkpoint.VARIABLES], **found[checkpoint.OPTIMIZER], ema=averages)
