@@ -46,6 +46,9 @@ def run(command, argv=None):
         return command([word for word in argv if word != "--debug"]) or 0
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # Whoever read what is printed has gone; what is left of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     except Exception as error:
         if isinstance(error, InputError) and not debug:
             print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -41,28 +41,26 @@ def alone(tmp_path_factory):
     return workdir
 
 
-def start(workdir, *, devices, process=0, processes=1, port=None, at=(), options=RUN):
+def start(workdir, *, devices, process=0, processes=1, port=None, at=(), options=RUN, environment=None):
     """A process of a run."""
     argv = [sys.executable, ROOT / "tests/small_training.py", *at, *options, "--workdir", workdir]
     if processes > 1:
         argv += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", processes, "--process-id", process]
     return subprocess.Popen(
         list(map(str, argv)),
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+        env={**os.environ, **(environment or {}), "JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def start_two(workdir, *, at=((), ()), options=(RUN, RUN)):
+def start_two(workdir, *, at=((), ())):
     """Two processes of a run with 2 devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [
-        start(workdir, devices=2, process=i, processes=2, port=port, at=at[i], options=options[i]) for i in range(2)
-    ]
+    return [start(workdir, devices=2, process=i, processes=2, port=port, at=at[i]) for i in range(2)]
 
 
 def end(processes):
@@ -131,10 +129,21 @@ def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, 
     assert_same_run(workdir, alone)
 
 
-def test_processes_with_other_settings_or_no_shared_workdir_are_told_so(tmp_path):
-    other = (*RUN, "--seed", "1")
-    for status, _, told in end(start_two(tmp_path / "run", options=(RUN, other))):
+def test_tasks_of_slurm_find_each_other_and_are_told_of_different_settings(tmp_path):
+    """JAX makes the port of the number of the job."""
+    job = next(number for number in range(os.getpid(), os.getpid() + 4096) if is_free(number % 4096 + 61440))
+    tasks = []
+    for task in range(2):
+        environment = {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": task, "LOCALID": task}
+        slurm = {f"SLURM_{name}": str(value) for name, value in environment.items()}
+        tasks.append(start(tmp_path / "run", devices=1, options=(*RUN, "--seed", task), environment=slurm))
+    for status, _, told in end(tasks):
         assert status == 2 and "error: processes differ in their settings: 0 from 1" in told
+
+
+def is_free(port):
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.mark.parametrize(
