@@ -1,11 +1,14 @@
 """Counts and losses over a data set as masked sums: every image once, whatever the batches and the devices."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from .data import transforms
+from .errors import InputError
 
 
 def eval_step(module, preprocess, variables, batch, *, flip=False):
@@ -72,6 +75,15 @@ def evaluate(step, variables, batches, *, keep_logits=False):
             _count(*previous, totals, kept, keep_logits)
     _count(*running, totals, kept, keep_logits)
     return _figures(totals), _join(kept) if keep_logits else None
+
+
+def read_predictions(path, keys=("name", "label", "logits")):
+    """{key: array} of a file that `eval.py --predictions` wrote. Raises InputError if it does not hold them."""
+    try:
+        with np.load(Path(path).expanduser()) as file:
+            return {key: file[key] for key in keys}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} holds no predictions of eval.py: {error}") from error
 
 
 def _count(batch, sums, logits, totals, kept, keep_logits):

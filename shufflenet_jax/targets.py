@@ -8,6 +8,7 @@ import numpy as np
 
 from .deploy import deploy
 from .errors import InputError
+from .evaluation import read_predictions
 from .loading import load_model
 from .training import Teacher
 
@@ -64,11 +65,7 @@ def load_teacher(config, info):
 
 def load_predictions(path, source):
     """{"label", "logits"} of `eval.py --predictions` for each example of a source."""
-    try:
-        with np.load(Path(path).expanduser()) as file:
-            stored = {name: file[name] for name in ("label", "logits")}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"teacher {path} holds no predictions of eval.py: {error}") from error
+    stored = read_predictions(path, ("label", "logits"))
     shape = (len(source), source.num_classes)
     if stored["logits"].shape != shape or stored["label"].shape != shape[:1]:
         raise InputError(

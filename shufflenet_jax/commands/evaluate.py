@@ -1,9 +1,11 @@
 """`eval.py`: top-1, top-5 and loss of a checkpoint on a data set, prepared as the checkpoint's authors did."""
 
+import dataclasses
 import json
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,14 @@ import numpy as np
 
 from .. import parallel
 from ..cli import CommandLine, add_process_options, positive_integer, progress
+from ..comparison import compare
+from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
+from ..data.labels import class_name
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..deploy import deploy
 from ..errors import InputError
-from ..evaluation import eval_step, evaluate
+from ..evaluation import eval_step, evaluate, read_predictions
 from ..files import written_aside
 from ..loading import load_model
 from ..ops import LOWERINGS
@@ -27,6 +32,7 @@ DESCRIPTION = (
 )
 IMAGENET = {"data": "tfds:imagenet2012", "split": "validation"}
 CPU_BATCH, ACCELERATOR_BATCH = 16, 128
+SOME_FLIPS = 3
 EXPECTED = {  # option: (figure, type, meaning)
     "--expect-top1-correct": ("top1_correct", int, "number of images whose label comes first"),
     "--expect-top5-correct": ("top5_correct", int, "number of images whose label is among the first five"),
@@ -43,12 +49,9 @@ def main(argv):
 
 def evaluate_checkpoint(options):
     """Evaluates what the options ask for; returns the exit status. All processes of a run do this together."""
-    if options.predictions and jax.process_count() > 1:
-        raise InputError("--predictions keeps the logits of one process; evaluate with one alone")
-    settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
-    module, variables, info = load_model(options.checkpoint, ema=options.ema, **settings)
-    if not info.num_classes:
-        raise InputError(f"{options.checkpoint} has no classifier and so no accuracy; choose another checkpoint")
+    if (options.predictions or options.compare or options.preprocess) and jax.process_count() > 1:
+        raise InputError("--predictions, --compare and --preprocess need all logits in one process; start one alone")
+    module, variables, info = load(options.checkpoint, options, ema=options.ema)
     source = open_source(
         options.data,
         options.split,
@@ -59,27 +62,96 @@ def evaluate_checkpoint(options):
     total = min(options.limit or len(source), len(source))
     parallel.require_same("images and classes", (total, info.classes))
 
-    if options.lowering != "plain":
-        module, variables = deploy(module, variables)
-    # Small batches let a CPU decode and predict by turns; accelerators want to be filled.
-    batch_size = options.batch_size or (CPU_BATCH if jax.default_backend() == "cpu" else ACCELERATOR_BATCH)
-    batch_size = parallel.shared_equally(min(batch_size, total))
-    step = parallel.map_eval_step(partial(eval_step, module, info.preprocess, flip=options.tta == "flip"))
-    batches = eval_batches(source, info.preprocess, batch_size=batch_size, limit=total, **parallel.own_slice())
+    evaluate_on = partial(evaluated, source=source, total=total, options=options)
     # Opened first: a place that cannot be written should not cost an evaluation.
     with written_aside(options.predictions) if options.predictions else nullcontext() as draft:
-        figures, rows = evaluate(
-            step, parallel.replicate(variables), shown(batches, total), keep_logits=bool(options.predictions)
-        )
+        figures, rows = evaluate_on(module, variables, info.preprocess)
         if draft:
             with open(draft, "wb") as file:
                 np.savez(file, **rows)
-    figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
+    if options.preprocess:
+        figures["preprocess"] = under_each_preprocessing(module, variables, info, figures, rows, evaluate_on)
+    if options.compare:
+        figures["compare"] = compared(options, info, rows, evaluate_on)
     missed = misses(figures, options)
     if parallel.is_first():
         print(*missed, sep="", end="", file=sys.stderr)
         print(json.dumps(figures))
     return 1 if missed else 0
+
+
+def load(checkpoint, options, *, ema=False):
+    """`load_model` of something with a classifier, in its fast form."""
+    settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
+    module, variables, info = load_model(checkpoint, ema=ema, **settings)
+    if not info.num_classes:
+        raise InputError(f"{checkpoint} has no classifier and so no accuracy; choose another checkpoint")
+    if options.lowering != "plain":
+        module, variables = deploy(module, variables)
+    return module, variables, info
+
+
+def evaluated(module, variables, preprocess, *, source, total, options):
+    """(rounded figures, rows or None) of a network on the data, its images prepared in one way."""
+    # Small batches let a CPU decode and predict by turns; accelerators want to be filled.
+    batch_size = options.batch_size or (CPU_BATCH if jax.default_backend() == "cpu" else ACCELERATOR_BATCH)
+    batch_size = parallel.shared_equally(min(batch_size, total))
+    step = parallel.map_eval_step(partial(eval_step, module, preprocess, flip=options.tta == "flip"))
+    batches = eval_batches(source, preprocess, batch_size=batch_size, limit=total, **parallel.own_slice())
+    keep = bool(options.predictions or options.compare or options.preprocess)
+    figures, rows = evaluate(step, parallel.replicate(variables), shown(batches, total), keep_logits=keep)
+    return {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}, rows
+
+
+def under_each_preprocessing(module, variables, info, figures, rows, evaluate_on):
+    """Evaluates the same weights on images prepared in other ways; prints a table and returns {way: figures}."""
+    found = {"as stored": {**figures, "flips": 0}}
+    print(f"{'images prepared':28}{'top-1':>8}{'top-5':>8}{'flips':>7}  the first that flip")
+    print(f"{'as stored with the weights':28}{figures['top1']:8.2f}{figures['top5']:8.2f}{0:7}")
+    for name, preprocess in ways_to_prepare(info.preprocess).items():
+        these, others = evaluate_on(module, variables, preprocess)
+        flips = compare(rows, others).flips
+        found[name] = {**these, "flips": len(flips)}
+        told = ", ".join(flip.name for flip in flips[:SOME_FLIPS])
+        print(f"{name:28}{these['top1']:8.2f}{these['top5']:8.2f}{len(flips):7}  {told}")
+    return found
+
+
+def ways_to_prepare(own):
+    """{name: Preprocess}: the published ways, and the model's own with one thing changed; equal ones once."""
+    changed = partial(dataclasses.replace, own)
+    decoder, backend = (({"cv2", "pillow"} - {used}).pop() for used in (own.decoder, own.backend))
+    ways = {
+        "as MMPretrain does": MMPRETRAIN_EVAL,
+        "as torchvision does": TORCHVISION_EVAL,
+        "as torchvision, 232 pixels": TORCHVISION_EVAL_LARGE,
+        "as Megvii does": MEGVII_EVAL,
+        f"EXIF's rotation {'applied' if decoder == 'cv2' else 'ignored'}": changed(decoder=decoder),
+        f"resized by {'OpenCV' if backend == 'cv2' else 'Pillow'}": changed(backend=backend),
+        "red and blue exchanged": changed(channel_order="RGB" if own.channel_order == "BGR" else "BGR"),
+    }
+    return {name: way for name, way in ways.items() if way != own and own.channels == 3}
+
+
+def compared(options, info, rows, evaluate_on):
+    """Sets the predictions beside those of another checkpoint or file; prints what differs and returns the figures."""
+    if Path(options.compare).suffix == ".npz":
+        others = read_predictions(options.compare)
+    else:
+        module, variables, other = load(options.compare, options)
+        if other.classes != info.classes:
+            raise InputError(f"{options.compare} knows other classes than {options.checkpoint}; nothing to compare")
+        _, others = evaluate_on(module, variables, other.preprocess)
+    found = compare(rows, others)
+    print(
+        f"right: both {found.both}, only {options.checkpoint} {found.first_only}, only {options.compare} "
+        f"{found.second_only}, neither {found.neither}\nthe same first class: {found.agreement:.2f} %\n"
+        f"so uneven a split by chance (McNemar's exact test): p = {found.p_value:.3g}"
+    )
+    for flip in found.flips:
+        first, second, label = (class_name(info.classes, c) for c in (flip.first, flip.second, flip.label))
+        print(f"flips: {flip.name}: {first} -> {second} ({label})")
+    return {**found._asdict(), "agreement": round(found.agreement, 2), "flips": len(found.flips)}
 
 
 def parse(argv):
@@ -99,6 +171,10 @@ def parse(argv):
     parser.add_argument("--limit", type=positive_integer, help="evaluate only that many images, the first ones")
     parser.add_argument("--tta", choices=["flip"], help="average the probabilities of each image and its mirror image")
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
+    told = "also tell how the predictions differ from those of another checkpoint, or of a --predictions file"
+    parser.add_argument("--compare", metavar="OTHER", help=told)
+    told = "also evaluate the same weights on images prepared in every published way, and tell which images flip"
+    parser.add_argument("--preprocess", choices=["all"], help=told)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the computation")
     parser.add_argument(
         "--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference, batch norm and all"

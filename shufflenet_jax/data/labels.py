@@ -9,3 +9,8 @@ def imagenet_classes():
     """{WNID: short name}, in label order."""
     lines = files(__package__).joinpath("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines)
+
+
+def class_name(classes, label):
+    """What people call a class: ImageNet's by its short name, others as their data does; without names, the label."""
+    return imagenet_classes().get(classes[label], classes[label]) if classes else str(label)

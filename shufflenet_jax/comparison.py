@@ -1,0 +1,60 @@
+"""Whether two ways to predict the same images really differ: which images flip, and how easily chance does as much."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest
+
+from .errors import InputError
+
+
+class Flip(NamedTuple):
+    """An image whose first class differs."""
+
+    name: str
+    label: int
+    first: int
+    second: int
+
+
+class Comparison(NamedTuple):
+    """Two predictions of the same images, beside each other; counts are of images whose first class is right."""
+
+    both: int
+    first_only: int
+    second_only: int
+    neither: int
+    agreement: float  # Images with the same first class, right or wrong, in percent.
+    p_value: float  # Of McNemar's exact test: how likely so uneven a split of the flips is by chance.
+    flips: list[Flip]
+
+
+def compare(first, second):
+    """The Comparison of two predictions.
+
+    Args:
+      first, second: {"name": (N,), "label": (N,), "logits": (N, num_classes)}, as `evaluation.evaluate` keeps them.
+    Raises:
+      InputError: they are of different images.
+    """
+    for what in ("name", "label"):
+        if not np.array_equal(first[what], second[what]):
+            raise InputError(f"the predictions to compare are of other images: each {what} must be the same, in order")
+    classes = [rows["logits"].argmax(1) for rows in (first, second)]
+    right = [found == first["label"] for found in classes]
+    first_only, second_only = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    differing = np.flatnonzero(classes[0] != classes[1])
+    return Comparison(
+        both=int((right[0] & right[1]).sum()),
+        first_only=first_only,
+        second_only=second_only,
+        neither=int((~right[0] & ~right[1]).sum()),
+        agreement=100 * float((classes[0] == classes[1]).mean()),
+        p_value=mcnemar(first_only, second_only),
+        flips=[Flip(str(first["name"][i]), int(first["label"][i]), *(int(c[i]) for c in classes)) for i in differing],
+    )
+
+
+def mcnemar(first_only, second_only):
+    """The two-sided p-value of McNemar's exact test (McNemar 1947), from the images that only one of two gets right."""
+    return float(binomtest(first_only, first_only + second_only).pvalue) if first_only + second_only else 1.0
