@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -22,9 +23,11 @@ from ..deploy import deploy
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate, read_predictions
 from ..files import written_aside
+from ..inference import Model
 from ..loading import load_model
 from ..ops import LOWERINGS
 from ..published import CARD, PUBLISHED
+from ..report import write_report
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -44,13 +47,15 @@ EXPECTED = {  # option: (figure, type, meaning)
 def main(argv):
     options = parse(argv)
     with parallel.joined(options.coordinator_address, options.num_processes, options.process_id):
-        return evaluate_checkpoint(options)
+        return evaluate_checkpoint(options, argv)
 
 
-def evaluate_checkpoint(options):
+def evaluate_checkpoint(options, argv):
     """Evaluates what the options ask for; returns the exit status. All processes of a run do this together."""
-    if (options.predictions or options.compare or options.preprocess) and jax.process_count() > 1:
-        raise InputError("--predictions, --compare and --preprocess need all logits in one process; start one alone")
+    if keeps_logits(options) and jax.process_count() > 1:
+        raise InputError(
+            "--predictions, --compare, --preprocess and --report need all logits in one process; start one alone"
+        )
     module, variables, info = load(options.checkpoint, options, ema=options.ema)
     source = open_source(
         options.data,
@@ -69,6 +74,16 @@ def evaluate_checkpoint(options):
         if draft:
             with open(draft, "wb") as file:
                 np.savez(file, **rows)
+    if options.report:
+        write_report(
+            options.report,
+            rows,
+            figures["loss"],
+            Model(*load_model(options.checkpoint, ema=options.ema)),
+            source,
+            title=f"{Path(options.checkpoint).name} on {Path(options.data).name}",
+            command=shlex.join(["python", "eval.py", *argv]),
+        )
     if options.preprocess:
         figures["preprocess"] = under_each_preprocessing(module, variables, info, figures, rows, evaluate_on)
     if options.compare:
@@ -78,6 +93,10 @@ def evaluate_checkpoint(options):
         print(*missed, sep="", end="", file=sys.stderr)
         print(json.dumps(figures))
     return 1 if missed else 0
+
+
+def keeps_logits(options):
+    return bool(options.predictions or options.compare or options.preprocess or options.report)
 
 
 def load(checkpoint, options, *, ema=False):
@@ -98,8 +117,8 @@ def evaluated(module, variables, preprocess, *, source, total, options):
     batch_size = parallel.shared_equally(min(batch_size, total))
     step = parallel.map_eval_step(partial(eval_step, module, preprocess, flip=options.tta == "flip"))
     batches = eval_batches(source, preprocess, batch_size=batch_size, limit=total, **parallel.own_slice())
-    keep = bool(options.predictions or options.compare or options.preprocess)
-    figures, rows = evaluate(step, parallel.replicate(variables), shown(batches, total), keep_logits=keep)
+    fed = shown(batches, total)
+    figures, rows = evaluate(step, parallel.replicate(variables), fed, keep_logits=keeps_logits(options))
     return {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}, rows
 
 
@@ -171,6 +190,8 @@ def parse(argv):
     parser.add_argument("--limit", type=positive_integer, help="evaluate only that many images, the first ones")
     parser.add_argument("--tta", choices=["flip"], help="average the probabilities of each image and its mirror image")
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
+    told = "write a page of what is right and wrong there: classes, confusions, calibration, the surest mistakes"
+    parser.add_argument("--report", metavar="FILE.html", type=Path, help=told)
     told = "also tell how the predictions differ from those of another checkpoint, or of a --predictions file"
     parser.add_argument("--compare", metavar="OTHER", help=told)
     told = "also evaluate the same weights on images prepared in every published way, and tell which images flip"
