@@ -23,9 +23,9 @@ INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer",
 
 
 def module_of(info, **settings):
-    """The ShuffleNetV2 that a ModelInfo describes; settings like `dtype` and `lowering` are added."""
+    """The ShuffleNetV2 that a ModelInfo describes, with settings like `dtype` and `lowering`."""
     names = ("width", "num_classes", "in_chans", "layout", "small_stem", "conv5", "dropout")
-    return ShuffleNetV2(**{name: getattr(info, name) for name in names}, **settings)
+    return ShuffleNetV2(**{name: getattr(info, name) for name in names} | settings)
 
 
 def save_model(directory, info, variables, *, overwrite=False):

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import traceback
+import warnings
 
 from tqdm import tqdm
 
@@ -42,6 +43,8 @@ def run(command, argv=None):
     # Orbax and Grain tell at length what they do, and log with a traceback each what they raise anyway.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
+    # Pillow tells of odd EXIF blocks and palettes in images that decode all the same.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return command([word for word in argv if word != "--debug"]) or 0
     except KeyboardInterrupt:

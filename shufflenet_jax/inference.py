@@ -60,8 +60,10 @@ class Model:
         pixels = transforms.pixels_of(content, self.info.preprocess, name)
         height, width = pixels.shape[:2]
         if max(height, width) > LONGEST * min(height, width):
-            raise InputError(f"image {name} has {width} x {height} pixels, which is too narrow to tell anything")
-        return transforms.prepare(pixels, self.info.preprocess, name)[None]
+            raise InputError(
+                f"image {name} has {width} x {height} pixels, which is too narrow to tell anything; cut a part out"
+            )
+        return transforms.prepare(pixels, self.info.preprocess)[None]
 
     def class_name(self, label: int) -> str:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
@@ -72,21 +74,25 @@ class Model:
 
     def outputs(self, images: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(logits, features) of images as above, both at once; a backbone's logits are None."""
-        images = jnp.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != self.info.in_chans:
-            raise InputError(
-                f"images have shape {images.shape}, but the model takes (B, H, W, {self.info.in_chans}); give it what "
-                "preprocess returns, or a batch of such images"
-            )
+        takes = (
+            f"(B, H, W, {self.info.in_chans}), uint8 or floats; give it what preprocess returns, or a batch of these"
+        )
+        try:
+            images = jnp.asarray(images)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"images are no array of numbers, but the model takes {takes}") from error
+        numbers = images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating)
+        if not numbers or images.ndim != 4 or images.shape[-1] != self.info.in_chans or 0 in images.shape[1:]:
+            raise InputError(f"images are {images.dtype} of shape {images.shape}, but the model takes {takes}")
         return self._apply(self._weights, images)
 
     @cached_property
     def _deployed(self):
         return deploy(self.module, self.variables)
 
-    @property
+    @cached_property
     def _weights(self):
-        return self._deployed[1]
+        return jax.device_put(self._deployed[1])
 
     @cached_property
     def _apply(self):
@@ -106,16 +112,23 @@ def _content(image):
     if isinstance(image, (str, Path)):
         try:
             return Path(image).expanduser().read_bytes(), str(image)
-        except OSError as error:
-            raise InputError(f"image {image} cannot be read: {error.strerror}; check the path") from error
+        except (OSError, ValueError, RuntimeError) as error:  # The last of ~NAME where there is no such user.
+            raise InputError(f"image {image} cannot be read: {_reason(error)}; check the path") from error
     if isinstance(image, bytes):
         return image, "image"
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,)):
-        raise InputError(
-            f"an image array is {pixels.dtype} of shape {pixels.shape}, but must be uint8 (H, W, 3) in RGB or (H, W)"
-        )
+    wanted = "a path, encoded bytes, or a uint8 array (H, W, 3) in RGB or (H, W) in grey"
+    try:
+        pixels = np.asarray(image)
+    except ValueError as error:
+        raise InputError(f"an image is no array; give {wanted}") from error
+    shaped = pixels.ndim in (2, 3) and pixels.shape[2:] in ((), (1,), (3,)) and 0 not in pixels.shape
+    if pixels.dtype != np.uint8 or not shaped:
+        raise InputError(f"an image is {pixels.dtype} of shape {pixels.shape}; give {wanted}")
     return pixels, "array"
+
+
+def _reason(error):
+    return getattr(error, "strerror", None) or error
 
 
 def get_model(
@@ -133,7 +146,7 @@ def get_model(
       name: a name of `list_models`, a model directory, a training workdir or a .pth file.
       pretrained: load the published weights (downloaded on first use); a name alone gives fresh ones. A checkpoint of
         your own always brings its weights.
-      num_classes: of a new classifier, where it is not the checkpoint's.
+      num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
       in_chans: 1 for grey images; the first convolution takes the sum of its weights over the colours.
       seed: of what is made anew.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`.
@@ -146,9 +159,11 @@ def get_model(
         variables = jax.tree.map(np.asarray, init_variables(module, seed=seed))
     else:
         module, variables, info = load_model(name, **settings)
-    if (num_classes or info.num_classes, in_chans or info.in_chans) == (info.num_classes, info.in_chans):
+    num_classes = info.num_classes if num_classes is None else num_classes
+    in_chans = info.in_chans if in_chans is None else in_chans
+    if (num_classes, in_chans) == (info.num_classes, info.in_chans):
         return Model(module, variables, info)
-    return _adapted(module, variables, info, num_classes or info.num_classes, in_chans or info.in_chans, seed)
+    return _adapted(module, variables, info, num_classes, in_chans, seed)
 
 
 def published_info(name: str) -> ModelInfo:
@@ -167,13 +182,20 @@ def published_info(name: str) -> ModelInfo:
 def _adapted(module, variables, info, num_classes, in_chans, seed):
     """The Model with another classifier or first convolution."""
     if in_chans not in (info.in_chans, 1):
-        raise InputError(f"in_chans is {in_chans}, but must be {info.in_chans} or 1")
+        known = " or ".join(map(str, sorted({1, info.in_chans})))
+        raise InputError(f"in_chans is {in_chans}, but must be {known} for these weights")
+    if num_classes < 0:
+        raise InputError(f"num_classes is {num_classes}, but must be 1 or more, or 0 for no classifier")
+    if num_classes and not info.conv5:
+        raise InputError("the network ends with stage4, where no classifier fits; leave num_classes out")
     params = dict(variables["params"])
     changes = {"num_classes": num_classes, "in_chans": in_chans}
     module = module.clone(**changes)
     if num_classes != info.num_classes:
-        fresh = jax.tree.map(np.asarray, init_variables(module, seed=seed))
-        params["fc"] = fresh["params"]["fc"]
+        params.pop("fc", None)
+        if num_classes:
+            fresh = jax.jit(lambda: init_variables(module, seed=seed)["params"]["fc"])()
+            params["fc"] = jax.tree.map(np.asarray, fresh)
         changes |= {"classes": None, "metrics": None}
     if in_chans != info.in_chans:
         conv1 = params["conv1"]

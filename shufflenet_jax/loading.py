@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .checkpoint import load_directory
+from .errors import InputError
 from .files import cache_dir, hash_of, locked
 from .published import PUBLISHED, file_of
 
@@ -23,6 +24,11 @@ def load_model(checkpoint, *, ema=False, **settings):
     path = Path(checkpoint).expanduser()
     if str(checkpoint) in PUBLISHED and not path.exists():
         path = file_of(str(checkpoint))
+    if not path.exists():
+        raise InputError(
+            f"no model at {path}, and none is published under this name; give a model directory, a training workdir, a "
+            f".pth file, or one of {', '.join(PUBLISHED)}"
+        )
     if path.is_file():
         return load_directory(_converted(path, ema), **settings)
     return load_directory(path, ema=ema, **settings)

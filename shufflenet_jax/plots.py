@@ -1,5 +1,6 @@
 """Pictures of a training run and of what a model sees."""
 
+import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ PANELS = {  # figure: (label, scale, splits that have it)
     "top1": ("top-1 accuracy (%)", "linear", ("train", "eval", "eval_ema")),
     "lr": ("learning rate", "linear", ("train",)),
 }
+MOST_BARS = 8  # Beside an image.
 STYLES = {
     "train": {"color": "tab:blue"},
     "eval": {"color": "tab:orange", "marker": "o"},
@@ -106,10 +108,16 @@ def plot_predictions(predictions, target):
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             )
         left.axis("off")
-        left.set_title(Path(row["image"]).name[-28:], fontsize=8, loc="left")
-        _bars(right, row["topk"])
-    with written_aside(target) as draft:
+        left.set_title(printable(Path(row["image"]).name)[-28:], fontsize=8, loc="left", parse_math=False)
+        _bars(right, row["topk"][:MOST_BARS])
+    with written_aside(target) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # Names may be in any script; boxes stand for those.
         figure.savefig(draft, format="png")
+
+
+def printable(name):
+    """A file name as text, whatever bytes it consists of."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _bars(axes, best):
@@ -117,7 +125,7 @@ def _bars(axes, best):
     for place, entry in enumerate(best):
         axes.barh(place, 1, height=0.3, color="0.93")
         axes.barh(place, entry["score"], height=0.3, color="tab:blue")
-        axes.text(0, place - 0.24, entry["class"][:26], fontsize=8, va="bottom")
+        axes.text(0, place - 0.24, entry["class"][:26], fontsize=8, va="bottom", parse_math=False)
         axes.text(1, place - 0.24, f"{100 * entry['score']:.1f} %", fontsize=8, va="bottom", ha="right", color="0.35")
     axes.set(xlim=(0, 1), ylim=(max(len(best), 3) - 0.6, -0.8))
     axes.axis("off")

@@ -1,9 +1,11 @@
 """The published weights by name: what they are, where they come from, and how their files get here."""
 
+import http.client
 import os
 import socket
 import sys
 import urllib.error
+import urllib.request
 from typing import NamedTuple
 
 from .errors import InputError
@@ -12,6 +14,7 @@ from .files import cache_dir, locked
 CARD = "shufflenet-v2-1x_16xb64_in1k"  # The model card that this project follows.
 MIRROR = "SHUFFLENET_JAX_MIRROR"
 OPENMMLAB = "https://download.openmmlab.com/mmclassification/v0/shufflenet_v2/"
+UNREACHED = (OSError, ValueError, http.client.HTTPException)  # What urllib raises.
 SILENT_SECONDS = 60  # After which a server that sends nothing is given up.
 PYTORCH = "https://download.pytorch.org/models/"
 
@@ -106,11 +109,19 @@ def _download(url, target, sha256):
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENT_SECONDS)
     try:
+        urllib.request.Request(url)  # What is no URL fails here; the download would leave an empty file behind.
         hub.download_url_to_file(url, str(target), hash_prefix=sha256, progress=sys.stderr.isatty())
     except RuntimeError as error:  # Its only one: the hash.
         raise InputError(f"{url} is cut off or another file ({error}); try again, or {elsewhere}") from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise InputError(f"{url} cannot be downloaded ({reason}); {elsewhere}") from error
+    except UNREACHED as error:
+        raise InputError(f"{url} cannot be downloaded ({reason_of(error)}); {elsewhere}") from error
     finally:
         socket.setdefaulttimeout(patience)
+
+
+def reason_of(error):
+    """Why urllib could not fetch something, in words. The connection to a server that refused is closed."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        return str(error)
+    return str(getattr(error, "reason", None) or error)

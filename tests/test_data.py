@@ -147,6 +147,23 @@ def test_grey_and_palette_and_transparent_images_become_three_channels(decoder):
     assert transforms.decode(encode(rgba), decoder).shape == (20, 30, 3)
 
 
+@pytest.mark.parametrize("decoder", ["cv2", "pillow"])
+def test_16_bits_are_scaled_to_8(decoder):
+    grey = np.random.default_rng(0).integers(0, 2**16, (20, 30), dtype=np.uint16)
+    bitmap = b"P5 30 20 65535\n" + grey.astype(">u2").tobytes()
+    for data in (encode(grey), encode(grey, "TIFF"), bitmap):
+        assert_array_equal(transforms.decode(data, decoder), np.dstack([grey >> 8] * 3))
+    colours = np.dstack([grey, grey[::-1], grey[:, ::-1]])
+    data = cv2.imencode(".png", colours[..., ::-1])[1].tobytes()
+    assert_array_equal(transforms.decode(data, decoder), colours >> 8)
+
+
+@pytest.mark.parametrize(("decoder", "data"), [("cv2", b"\xff\xd8\xff"), ("pillow", b"\x89PNG\r\n\x1a\n")])
+def test_files_that_end_in_their_first_bytes_are_named(decoder, data):
+    with pytest.raises(InputError, match=r"some\.jpg is damaged"):
+        transforms.decode(data, decoder, "some.jpg")
+
+
 def test_wide_torchvision_weights_resize_to_232():
     data = encode(picture(464, 700))
     resized = Image.open(io.BytesIO(data)).resize((350, 232), Image.Resampling.BILINEAR)

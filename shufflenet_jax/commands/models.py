@@ -2,7 +2,7 @@
 
 import json
 
-from ..accounting import count
+from ..accounting import count, total
 from ..checkpoint import module_of
 from ..cli import CommandLine
 from ..inference import published_info
@@ -35,8 +35,8 @@ def main(argv):
 def describe(item):
     name, published = item
     info = published_info(name)
-    rows = count(module_of(info), info.preprocess.crop, info.preprocess.crop)
-    costs = {key: sum(getattr(row, key) for row in rows) for key in ("parameters", "multiply_adds")}
+    summed = total(count(module_of(info), info.preprocess.crop, info.preprocess.crop))
+    costs = {key: summed[key] for key in ("parameters", "multiply_adds")}
     kept = {key: getattr(published, key) for key in ("width", "layout", "top1", "top5", "source", "licence", "file")}
     url = f"{published.place}{published.file}" if published.place else None
     return {"name": name, **costs, **kept, "url": url}

@@ -3,26 +3,26 @@
 import json
 import os
 import sys
-import urllib.error
-import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from .. import plots
-from ..cli import CommandLine, positive_integer, progress, usable_cores
+from ..cli import CommandLine, positive_integer, progress, tell, usable_cores
 from ..data.sources import IMAGE_SUFFIXES
 from ..errors import InputError
 from ..files import written_aside
 from ..inference import class_activation_map, get_model
-from ..published import CARD
+from ..published import CARD, UNREACHED, reason_of
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 LAYERS = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
+SUFFIXES = IMAGE_SUFFIXES | {".gif"}  # Training on folders follows torchvision, which leaves these out.
 BATCH = 16
 MOST_DRAWN = 24
 LARGEST_DOWNLOAD = 100_000_000  # Bytes.
@@ -31,33 +31,48 @@ SILENT_SECONDS = 30
 
 def main(argv):
     options = parse(argv)
-    model = get_model(options.checkpoint, pretrained=True)
-    if not (model.info.num_classes or options.features):
-        raise InputError(f"{options.checkpoint} has no classifier; ask for --features, or choose another checkpoint")
+    names = list(expanded(options.images))
+    if not names:
+        raise InputError("there are no names of images on stdin; write one a line")
     failed, drawn, kept = 0, [], {"name": [], "features": []}
-    with written_aside(options.features) if options.features else nullcontext() as draft:
-        for name, crop, logits, features in predictions(model, expanded(options.images)):
-            if crop is None:
+    target = options.features or options.save_picture
+    with written_aside(target) if target else nullcontext() as draft:
+        model = get_model(options.checkpoint, pretrained=True)
+        require_layers(model, options)
+        layer = options.layer if options.features else "conv5" if options.cam else None
+        found = predictions(model, names, layer)
+        if options.features:  # Otherwise the lines on stdout show how far it is.
+            found = progress(iterable=found, total=len(names), unit="image")
+        for name, crop, logits, feature in found:
+            if isinstance(crop, InputError):
                 failed += 1
-                print("error:", " ".join(str(logits).split()), file=sys.stderr)
+                tell("error: " + " ".join(str(crop).split()))
                 continue
             if options.features:
                 kept["name"].append(name)
-                kept["features"].append(features[options.layer])
+                kept["features"].append(feature)
                 continue
             row = describe(model, name, logits, options.topk)
             print(json.dumps(row) if options.json else as_text(row))
             if options.save_picture and len(drawn) < MOST_DRAWN:
-                cam = class_activation_map(model, features["conv5"], row["pred_label"]) if options.cam else None
+                cam = class_activation_map(model, feature, row["pred_label"]) if options.cam else None
                 drawn.append((crop, row, cam))
-        if draft and not kept["name"]:
-            raise InputError("there is no image to compute features of")
-        if draft:
+        if target and failed == len(names):
+            raise InputError(f"nothing is left to write to {target}: no image could be read")
+        if options.features:
             with open(draft, "wb") as file:
                 np.savez(file, **{key: np.stack(values) for key, values in kept.items()})
-    if drawn:
-        plots.plot_predictions(drawn, options.save_picture)
+        elif drawn:
+            plots.plot_predictions(drawn, draft)
     return 2 if failed else 0
+
+
+def require_layers(model, options):
+    """Raises InputError if the model lacks what the options ask for."""
+    if not (model.info.num_classes or options.features):
+        raise InputError(f"{options.checkpoint} has no classifier; ask for --features, or choose another checkpoint")
+    if options.features and not model.info.conv5 and options.layer in ("conv5", "pooled"):
+        raise InputError(f"{options.checkpoint} ends with stage4; choose --layer stage4 or one before it")
 
 
 def parse(argv):
@@ -88,44 +103,59 @@ def expanded(words):
     """Each image that the command line names: folders become their files, - the lines of stdin."""
     for word in words:
         if word == "-":
-            yield from expanded(line.strip() for line in sys.stdin if line.strip() not in ("", "-"))
+            lines = (os.fsdecode(line).strip() for line in sys.stdin.buffer)
+            yield from expanded(line for line in lines if line not in ("", "-"))
         elif os.path.isdir(word):
-            found = [path for path in sorted(Path(word).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-            yield from map(str, found) if found else [word]
+            found = [path for path in sorted(Path(word).rglob("*")) if path.suffix.lower() in SUFFIXES]
+            yield from [str(path) for path in found if path.is_file()] or [word]
         else:
             yield word
 
 
-def predictions(model, names):
-    """(name, crop, logits, {layer: features}) for each image in turn; (name, None, InputError, None) for what is none.
+def predictions(model, names, layer=None):
+    """(name, crop, logits, features of the layer, if one is given) for each image in turn.
 
-    Images are read by threads, some ahead, and predicted in batches of one size.
+    Where there is no image, the crop is an InputError that tells why. Images are read by threads and predicted in
+    batches of one size.
     """
-    names = list(names)
-    size = min(BATCH, len(names))
-    with ThreadPoolExecutor(usable_cores()) as readers, progress(total=len(names), unit="image") as bar:
+    size = 1 if len(names) == 1 else BATCH
+    with ThreadPoolExecutor(usable_cores()) as readers:
         for first in range(0, len(names), size):
             part = names[first : first + size]
-            read = list(readers.map(lambda name: read_crop(model, name), part))
+            with stderr_silent():
+                read = list(readers.map(partial(read_crop, model), part))
             crops = [crop for crop in read if not isinstance(crop, InputError)]
             if crops:
-                batch = np.stack(crops + crops[:1] * (size - len(crops)))
-                logits, features = jax.device_get(model.outputs(batch))
+                logits, features = model.outputs(np.stack(crops + crops[:1] * (size - len(crops))))
+                seen = jax.device_get((logits, features.get(layer)))
             row = iter(range(len(crops)))
             for name, crop in zip(part, read, strict=True):
-                bar.update()
                 if isinstance(crop, InputError):
-                    yield name, None, crop, None
-                    continue
-                i = next(row)
-                seen = logits[i] if model.info.num_classes else None
-                yield name, crop, seen, {layer: values[i] for layer, values in features.items()}
+                    yield name, crop, None, None
+                else:
+                    i = next(row)
+                    yield name, crop, *(None if values is None else values[i] for values in seen)
+
+
+@contextmanager
+def stderr_silent():
+    """Lets no library print on stderr: those in C complain of images which they decode all the same."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def read_crop(model, name):
     """The crop (H, W, C) of an image, or the InputError that tells why there is none."""
     try:
-        address = name.startswith(("http://", "https://"))
+        if os.path.isdir(name):
+            raise InputError(f"folder {name} holds no images")
+        address = name.lower().startswith(("http://", "https://"))
         return model.preprocess(fetched(name) if address else name, name=name)[0]
     except InputError as error:
         return error
@@ -134,12 +164,14 @@ def read_crop(model, name):
 def fetched(address):
     """The bytes at an http(s) address."""
     try:
-        with urllib.request.urlopen(address, timeout=SILENT_SECONDS) as answer:
+        # Some servers refuse urllib's own name.
+        request = urllib.request.Request(address, headers={"User-Agent": "shufflenet-jax"})
+        with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
             content = answer.read(LARGEST_DOWNLOAD + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise InputError(f"image {address} cannot be fetched: {getattr(error, 'reason', error)}") from error
+    except UNREACHED as error:
+        raise InputError(f"image {address} cannot be fetched: {reason_of(error)}; check the address") from error
     if len(content) > LARGEST_DOWNLOAD:
-        raise InputError(f"image {address} has more than {LARGEST_DOWNLOAD:,} bytes")
+        raise InputError(f"image {address} has more than {LARGEST_DOWNLOAD:,} bytes; fetch it yourself")
     return content
 
 
@@ -157,4 +189,4 @@ def describe(model, name, logits, topk):
 
 def as_text(row):
     lines = [f"{100 * entry['score']:6.2f} %  {entry['class']}" for entry in row["topk"]]
-    return "\n".join([row["image"], *lines])
+    return "\n".join([plots.printable(row["image"]), *lines])

@@ -1,12 +1,14 @@
 """`publish`: a model directory to give away, of any checkpoint: weights alone, the hash in the name, and a card."""
 
+import dataclasses
 import hashlib
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ..accounting import count
+from ..accounting import count, total
 from ..checkpoint import module_of, save_model
 from ..cli import CommandLine
 from ..errors import InputError
@@ -30,9 +32,10 @@ def main(argv):
     parser.add_argument("--top5", type=float, metavar="P", help="the same for the first five classes")
     parser.add_argument("--data", metavar="WORDS", help="on which data these were measured")
     options = parser.parse_args(argv)
-    if "/" in options.name or options.name.startswith("."):
-        raise InputError(f"--name is {options.name!r}, but must be the name of a folder")
+    if not re.fullmatch(r"\w[\w.+-]*", options.name):
+        raise InputError(f"--name is {options.name!r}, but must consist of letters, digits, '.', '_', '+' and '-'")
     _, variables, info = load_model(options.checkpoint, ema=options.ema)
+    info = dataclasses.replace(info, source=without_places(info.source))
     digest = hash_of(variables)
     target = options.out.expanduser() / f"{options.name}-{digest[:8]}"
     if target.exists():
@@ -42,6 +45,14 @@ def main(argv):
         (draft / "README.md").write_text(card(target.name, digest, info, options), encoding="utf-8")
     print(target)
     return 0
+
+
+def without_places(source):
+    """A ModelInfo's source whose training configuration names files and folders, but not where they lay."""
+    if "config" not in source:
+        return source
+    named = {k: Path(v).name for k, v in source["config"].items() if isinstance(v, str) and v.startswith(("/", "~"))}
+    return {**source, "config": {**source["config"], **named}}
 
 
 def hash_of(variables):
@@ -56,12 +67,12 @@ def hash_of(variables):
 def card(name, digest, info, options):
     """The model card, in Markdown."""
     side = info.preprocess.crop
-    rows = count(module_of(info), side, side)
+    summed = total(count(module_of(info), side, side))
     facts = {
         "network": f"ShuffleNetV2 {info.width}x, {info.layout} layout" + (", small stem" if info.small_stem else ""),
         "classes": info.num_classes or "none: features alone",
-        "parameters": f"{sum(row.parameters for row in rows):,}",
-        f"multiply-adds at {side} x {side}": f"{sum(row.multiply_adds for row in rows) / 1e6:.1f} M",
+        "parameters": f"{summed['parameters']:,}",
+        f"multiply-adds at {side} x {side}": f"{summed['multiply_adds'] / 1e6:.1f} M",
         "input": f"short side {info.preprocess.resize}, central {side} x {side}, {info.preprocess.channel_order}",
         "top-1": f"{options.top1} %" if options.top1 is not None else None,
         "top-5": f"{options.top5} %" if options.top5 is not None else None,

@@ -18,6 +18,11 @@ from ..errors import InputError
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 JPEG = b"\xff\xd8"  # How such a file begins.
 EXIF = b"Exif\0\0"
+# What the decoders raise.
+DAMAGE = (
+    *(ValueError, OSError, SyntaxError, LookupError, RuntimeError, EOFError, struct.error),
+    *(cv2.error, Image.DecompressionBombError),
+)
 cv2.setNumThreads(0)  # Images are decoded side by side: threads inside one image only get in the way.
 
 
@@ -47,6 +52,10 @@ def decode(data, decoder, name="image"):
             _require_whole(data)
             return _decode_opencv(data, oriented=True)
         with Image.open(io.BytesIO(data)) as opened:
+            # Grey of 16 bits, which `convert` would clip to 8, not scale.
+            if opened.mode.startswith("I;16") or (opened.mode, opened.format) == ("I", "PPM"):
+                grey = (np.asarray(opened) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(opened.convert("RGB"))
 
 
@@ -82,7 +91,7 @@ def damage_named(name):
         yield
     except InputError:
         raise  # A ValueError too, which names the image already.
-    except (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0].split(" <_io")[0] if str(error) else type(error).__name__
         raise InputError(f"image {name} is damaged or not an image ({reason}); repair or remove it") from error
 
@@ -107,7 +116,7 @@ def _require_whole(data):
             return opened.size[::-1], orientation_in(opened.getexif())
     size, orientation = (0, 0), 1
     position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] not in (b"", b"\xda"):
         marker = data[position + 1]
         if marker == 0xFF:  # Any number of these may fill up before a marker.
             position += 1
@@ -142,7 +151,9 @@ def orientation_in(exif):
 
 
 def to_channels(pixels, channels):
-    """A grey (H, W) or RGB (H, W, 3) array with 3 channels or 1: (H, W, C)."""
+    """A grey (H, W) or (H, W, 1) or RGB (H, W, 3) array with 3 channels or 1: (H, W, C)."""
+    if pixels.shape[2:] == (1,):
+        pixels = pixels[..., 0]
     if channels == 1 and pixels.ndim == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if pixels.ndim == 2:
