@@ -12,7 +12,7 @@ import numpy as np
 from .checkpoint import module_of
 from .config import ModelInfo, Preprocess
 from .data import transforms
-from .data.labels import imagenet_classes
+from .data.labels import class_name, imagenet_classes
 from .deploy import deploy
 from .errors import InputError
 from .loading import load_model
@@ -67,10 +67,7 @@ class Model:
 
     def class_name(self, label: int) -> str:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
-        classes = self.info.classes
-        if classes is None:
-            return str(label)
-        return imagenet_classes().get(classes[label], classes[label])
+        return class_name(self.info.classes, label)
 
     def outputs(self, images: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(logits, features) of images as above, both at once; a backbone's logits are None."""

@@ -1,0 +1,88 @@
+"""What README and docs tell people to type."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from shufflenet_jax import __main__, published
+from shufflenet_jax.cli import CommandLine
+from shufflenet_jax.commands import evaluate, from_torch, to_torch, train
+from shufflenet_jax.files import hash_of
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {
+    "train.py": train.main,
+    "eval.py": evaluate.main,
+    "convert/from_torch.py": from_torch.main,
+    "convert/to_torch.py": to_torch.main,
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands():
+    """(page, words) of each line of a shell block that starts Python, and of those in tables and sentences."""
+    for page in PAGES:
+        lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+        lines += re.findall(r"`(python [^`]*?\.py[^`]*|python -m shufflenet_jax [^`]*)`", page.read_text())
+        for line in lines:
+            words = shlex.split(line.rstrip("&").replace("\n", " "), comments=True)
+            if words[:1] == ["python"] and words[1:2] != ["-c"]:
+                yield pytest.param(words[1:], id=f"{page.stem}: {' '.join(words[1:])[:60]}")
+
+
+class Accepted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_every_command_is_accepted_by_its_parser(words, monkeypatch):
+    usual = CommandLine.parse_args
+
+    def parse_args(self, *given):
+        parsed = usual(self, *given)
+        if self.prog != "shufflenet-jax":  # Which only finds the command.
+            raise Accepted
+        return parsed
+
+    monkeypatch.setattr(CommandLine, "parse_args", parse_args)
+    # Words in capitals stand for people's own.
+    words = ["3" if word in ("N", "I") else word for word in words if word not in ("COMMAND", "OPTIONS")]
+    if words[0] == "-m" and words[1] == "shufflenet_jax":
+        main, argv = __main__.main, words[2:]
+    elif words[0] in SCRIPTS:
+        main, argv = SCRIPTS[words[0]], words[1:]
+    else:  # A benchmark, or what draws the demo.
+        text = (ROOT / words[0]).read_text()
+        assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+        return
+    with pytest.raises((Accepted, SystemExit)):  # The latter after --help.
+        main(argv)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.real_data
+def test_the_readmes_python_runs_as_it_stands(shared, tmp_path, monkeypatch, call):
+    weights = shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
+    entry = published.PUBLISHED[published.CARD]._replace(file=weights.name, sha256=hash_of(weights)[:8])
+    monkeypatch.setitem(published.PUBLISHED, published.CARD, entry)
+    monkeypatch.setenv(published.MIRROR, weights.parent.as_uri())
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "demo", tmp_path / "demo")
+    assert call(from_torch.main, weights, "--out", "x1_0", "--no-verify")[0] == 0
+    names = {}
+    for block in blocks(ROOT / "README.md", "python"):
+        # torchvision's own 0.5x weights are not at hand.
+        exec(block.replace('"shufflenet_v2_x0_5", pretrained=True', '"shufflenet_v2_x0_5"'), names)
+    assert names["result"]["pred_class"] == "flamingo" and names["small"].info.num_classes == 10
+    assert names["features"]["pooled"].shape == (1, 1024)
