@@ -12,7 +12,6 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from .data.labels import class_name
-from .files import written_aside
 from .inference import class_activation_map
 
 BINS = 15  # Of confidence, as Guo et al. (ICML 2017) have them.
@@ -125,11 +124,10 @@ def _classes(labels, predicted):
     return sorted(rows, key=lambda row: (row.right / row.images, -row.images, row.label))
 
 
-def write_report(target, rows, loss, model, source, *, title, command):
-    """Writes the page.
+def make_report(rows, loss, model, source, *, title, command):
+    """The page, as text.
 
     Args:
-      target: the file.
       rows: {"name", "label", "logits"} of all images, in the order of the source.
       loss: their mean cross-entropy.
       model: a Model, for the class-activation maps of the surest mistakes.
@@ -141,7 +139,7 @@ def write_report(target, rows, loss, model, source, *, title, command):
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("report.html").render(
+    return environment.get_template("report.html").render(
         summary=summary,
         loss=loss,
         title=title,
@@ -152,8 +150,6 @@ def write_report(target, rows, loss, model, source, *, title, command):
             (mistake, rows["name"][mistake.place], *pictures(model, source, mistake)) for mistake in summary.surest
         ],
     )
-    with written_aside(target) as draft:
-        draft.write_text(page, encoding="utf-8")
 
 
 def pictures(model, source, mistake):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from ..inference import Model
 from ..loading import load_model
 from ..ops import LOWERINGS
 from ..published import CARD, PUBLISHED
-from ..report import write_report
+from ..report import make_report
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -68,26 +68,26 @@ def evaluate_checkpoint(options, argv):
     parallel.require_same("images and classes", (total, info.classes))
 
     evaluate_on = partial(evaluated, source=source, total=total, options=options)
-    # Opened first: a place that cannot be written should not cost an evaluation.
-    with written_aside(options.predictions) if options.predictions else nullcontext() as draft:
-        figures, rows = evaluate_on(module, variables, info.preprocess)
-        if draft:
-            with open(draft, "wb") as file:
-                np.savez(file, **rows)
-    if options.report:
-        write_report(
-            options.report,
-            rows,
-            figures["loss"],
-            Model(*load_model(options.checkpoint, ema=options.ema)),
-            source,
-            title=f"{Path(options.checkpoint).name} on {Path(options.data).name}",
-            command=shlex.join(["python", "eval.py", *argv]),
+    with ExitStack() as files:
+        # Opened first: what cannot be written or read should not cost an evaluation.
+        predictions, report = (
+            target and files.enter_context(written_aside(target)) for target in (options.predictions, options.report)
         )
+        other = options.compare and opened(options.compare, options, info)
+        figures, rows = evaluate_on(module, variables, info.preprocess)
+        if predictions:
+            with open(predictions, "wb") as file:
+                np.savez(file, **rows)
+        if report:
+            title = f"{Path(options.checkpoint).name} on {Path(options.data).name}"
+            command = shlex.join(["python", "eval.py", *argv])
+            model = Model(*load_model(options.checkpoint, ema=options.ema))
+            page = make_report(rows, figures["loss"], model, source, title=title, command=command)
+            report.write_text(page, encoding="utf-8")
     if options.preprocess:
         figures["preprocess"] = under_each_preprocessing(module, variables, info, figures, rows, evaluate_on)
-    if options.compare:
-        figures["compare"] = compared(options, info, rows, evaluate_on)
+    if other:
+        figures["compare"] = compared(options, info, rows, other if "logits" in other else evaluate_on(**other)[1])
     missed = misses(figures, options)
     if parallel.is_first():
         print(*missed, sep="", end="", file=sys.stderr)
@@ -138,6 +138,8 @@ def under_each_preprocessing(module, variables, info, figures, rows, evaluate_on
 
 def ways_to_prepare(own):
     """{name: Preprocess}: the published ways, and the model's own with one thing changed; equal ones once."""
+    if own.channels != 3:
+        raise InputError("--preprocess all is for networks that take colours; leave it out")
     changed = partial(dataclasses.replace, own)
     decoder, backend = (({"cv2", "pillow"} - {used}).pop() for used in (own.decoder, own.backend))
     ways = {
@@ -149,18 +151,21 @@ def ways_to_prepare(own):
         f"resized by {'OpenCV' if backend == 'cv2' else 'Pillow'}": changed(backend=backend),
         "red and blue exchanged": changed(channel_order="RGB" if own.channel_order == "BGR" else "BGR"),
     }
-    return {name: way for name, way in ways.items() if way != own and own.channels == 3}
+    return {name: way for name, way in ways.items() if way != own}
 
 
-def compared(options, info, rows, evaluate_on):
-    """Sets the predictions beside those of another checkpoint or file; prints what differs and returns the figures."""
-    if Path(options.compare).suffix == ".npz":
-        others = read_predictions(options.compare)
-    else:
-        module, variables, other = load(options.compare, options)
-        if other.classes != info.classes:
-            raise InputError(f"{options.compare} knows other classes than {options.checkpoint}; nothing to compare")
-        _, others = evaluate_on(module, variables, other.preprocess)
+def opened(compare, options, info):
+    """What `--compare` names: {"name", "label", "logits"} of a file, or the arguments to evaluate a checkpoint with."""
+    if Path(compare).suffix == ".npz":
+        return read_predictions(compare)
+    module, variables, known = load(compare, options)
+    if known.classes != info.classes:
+        raise InputError(f"{compare} knows other classes than {options.checkpoint}; there is nothing to compare")
+    return {"module": module, "variables": variables, "preprocess": known.preprocess}
+
+
+def compared(options, info, rows, others):
+    """Sets predictions beside others; prints what differs and returns the figures."""
     found = compare(rows, others)
     print(
         f"right: both {found.both}, only {options.checkpoint} {found.first_only}, only {options.compare} "
