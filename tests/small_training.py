@@ -2,7 +2,7 @@
 
 As a script it runs one process of a training: `python tests/small_training.py [--at STEP SIGNAL] OPTIONS-OF-TRAIN`. It
 sends itself a signal before a step, and tells with each checkpoint a hash of the state, which is the same on all of
-its devices.
+its devices. With `eval OPTIONS-OF-EVAL` it is one process of an evaluation.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from shufflenet_jax import cli, model, parallel
-from shufflenet_jax.commands import train
+from shufflenet_jax.commands import evaluate, train
 
 
 @contextlib.contextmanager
@@ -78,5 +78,8 @@ if __name__ == "__main__":
         words = words[3:]
     parallel.SILENT_SECONDS = 10
     parallel.to_host = telling(parallel.to_host)
+    main = train.main
+    if words[0] == "eval":
+        main, words = evaluate.main, words[1:]
     with few_units():
-        sys.exit(cli.run(train.main, words))
+        sys.exit(cli.run(main, words))

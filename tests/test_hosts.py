@@ -12,11 +12,11 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, figures_of
 from small_training import few_units, interrupted
 
 from shufflenet_jax import checkpoint, parallel
-from shufflenet_jax.commands import train
+from shufflenet_jax.commands import evaluate, train
 
 # In float64, with a small learning rate lest the network amplify rounding, over two uneven last batches.
 RUN = (
@@ -43,7 +43,8 @@ def alone(tmp_path_factory):
 
 def start(workdir, *, devices, process=0, processes=1, port=None, at=(), options=RUN, environment=None):
     """A process of a run."""
-    argv = [sys.executable, ROOT / "tests/small_training.py", *at, *options, "--workdir", workdir]
+    argv = [sys.executable, ROOT / "tests/small_training.py", *at, *options]
+    argv += ["--checkpoint" if "eval" in at else "--workdir", workdir]
     if processes > 1:
         argv += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", processes, "--process-id", process]
     return subprocess.Popen(
@@ -55,12 +56,12 @@ def start(workdir, *, devices, process=0, processes=1, port=None, at=(), options
     )
 
 
-def start_two(workdir, *, at=((), ())):
+def start_two(workdir, *, at=((), ()), options=RUN):
     """Two processes of a run with 2 devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(workdir, devices=2, process=i, processes=2, port=port, at=at[i]) for i in range(2)]
+    return [start(workdir, devices=2, process=i, processes=2, port=port, at=at[i], options=options) for i in range(2)]
 
 
 def end(processes):
@@ -127,6 +128,18 @@ def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, 
     status, _, told = call(train.main, *RUN, "--workdir", workdir)
     assert status == 0 and "going on after step 7" in told
     assert_same_run(workdir, alone)
+
+
+def test_two_processes_evaluate_as_one(alone, call):
+    """359 images in batches of 16 leave the last one uneven."""
+    (status, out, told), (other_status, other_out, _) = end(
+        start_two(alone, at=(("eval",), ("eval",)), options=("--data", "digits"))
+    )
+    assert status == other_status == 0, told
+    assert "{" not in other_out, "one process tells the figures"
+    _, expected, _ = call(evaluate.main, "--checkpoint", alone, "--data", "digits")
+    found, expected = figures_of(out), figures_of(expected)
+    assert found == {**expected, "loss": pytest.approx(expected["loss"], abs=2e-6)}
 
 
 def test_tasks_of_slurm_find_each_other_and_are_told_of_different_settings(tmp_path):
