@@ -9,6 +9,7 @@ The first rate is how many images a second one core prepares; the second how man
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def needs(devices, device_rate, record):
         "steps a second": f"{rate / config.batch_size:.1f}",
         "steps, whole run": f"{steps:,}",
         "hours, whole run": f"{steps * config.batch_size / rate / 3600:.1f}",
-        "each device sends to average gradients and statistics, MB a step": f"{reduced / 1e6:.1f}",
+        "each device sends to average 1.0x in float32, MB a step": f"{reduced / 1e6:.1f}",
         "and MB/s": f"{reduced / 1e6 * rate / config.batch_size:,.0f}",
     }
     for where, size in record["bytes_per_image"].items():
@@ -67,7 +68,7 @@ def needs(devices, device_rate, record):
         for kind, contender in CONTENDERS.items():
             (row,) = (r for r in record["rows"] if (r["contender"], r["set"]) == (contender, where))
             found[f"cores for input, all hosts, {where}, {kind}"] = (
-                f"{rate / statistics.median(row['images_per_second']):,.0f}"
+                f"{math.ceil(rate / statistics.median(row['images_per_second'])):,}"
             )
     return found
 

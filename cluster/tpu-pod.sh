@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a TPU pod slice, from the machine where gcloud is set up:
+# Starts a training on all hosts of a TPU pod slice, from a machine where gcloud is set up:
 #
 #   cluster/tpu-pod.sh NAME ZONE OPTIONS-OF-TRAIN
 #   cluster/tpu-pod.sh my-v5e-32 us-central1-a --config in1k --data-dir /mnt/data --workdir /mnt/runs/in1k
 #
-# /mnt is a file system that all hosts share (Filestore or another NFS). Each host has this checkout in ~/shufflenet_jax.
-# The hosts find each other. The same command again goes on where the run was.
+# Before, on all hosts (gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=all --command ...): this checkout in
+# ~/shufflenet_jax; Python 3.11 or later with venv (PYTHON=python3.12 cluster/tpu-pod.sh ... names another); and at /mnt,
+# or wherever you like, a file system that all of them share (Filestore or another NFS).
+#
+# The hosts find each other. The run goes on when you log out, and each host writes ~/shufflenet_jax/train.log. To stop
+# it, which saves: ... --worker=all --command 'pkill -TERM -f [t]rain.py'. The same command again goes on.
 set -euo pipefail
+[ $# -ge 3 ] || { echo "usage: $0 NAME ZONE OPTIONS-OF-TRAIN" >&2; exit 2; }
 name=$1 zone=$2
 shift 2
 options=$(printf ' %q' "$@")
@@ -14,5 +19,10 @@ options=$(printf ' %q' "$@")
 gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "
   set -e
   cd ~/shufflenet_jax
-  test -d .venv || { ${PYTHON:-python3.11} -m venv .venv; .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]'; }
-  exec .venv/bin/python train.py$options"
+  test -e .venv/tpu.stamp || {
+    rm -rf .venv
+    ${PYTHON:-python3.11} -m venv .venv
+    .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]'
+    touch .venv/tpu.stamp
+  }
+  nohup .venv/bin/python train.py$options >> train.log 2>&1 < /dev/null &"

@@ -104,14 +104,14 @@ def _meet(address, processes, process):
 def _spoken_for(process):
     """Tells in the end what happened if this process ends within the block: JAX aborts it when another one is lost."""
     told = f"error: process {process} was killed, or ended because another one did; {ADVICE}"
-    words = ["sh", "-c", 'read -r word || echo "$0" >&2', told]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as witness:
+    # A scheduler may send SIGTERM to all processes, this one too.
+    words = ["sh", "-c", 'trap "" TERM; read -r word || echo "$0" >&2', told]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True) as witness:
         try:
             yield
         finally:
             with contextlib.suppress(BrokenPipeError):
                 witness.stdin.write(b"ended\n")
-                witness.stdin.flush()
 
 
 def is_first():

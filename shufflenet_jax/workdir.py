@@ -15,7 +15,7 @@ from .errors import InputError
 from .files import written_aside
 from .logs import METRICS
 
-CONFIG, LOCK = "config.json", "lock"
+CONFIG, LOCK, FINISHED = "config.json", "lock", "finished"
 # A resumed run gives the same numbers whatever these say, up to rounding.
 FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "workers", "max_damaged"}
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # On which the numbers depend.
@@ -53,6 +53,7 @@ def _claimed(workdir, config, info):
         raise InputError(f"{workdir} cannot be written: {error.strerror}; choose another --workdir") from error
     with open(workdir / LOCK) as lock:  # Closing it, or the end of the process in any way, gives it back.
         _take(lock, workdir)
+        (workdir / FINISHED).unlink(missing_ok=True)
         for path in filter(_is_leftover, workdir.iterdir()):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -31,7 +31,9 @@ def commands():
         lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
         lines += re.findall(r"`(python [^`]*?\.py[^`]*|python -m shufflenet_jax [^`]*)`", page.read_text())
         for line in lines:
-            words = shlex.split(line.rstrip("&").replace("\n", " "), comments=True)
+            words = shlex.split(line.rstrip("& ").replace("\n", " "), comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
             if words[:1] == ["python"] and words[1:2] != ["-c"]:
                 yield pytest.param(words[1:], id=f"{page.stem}: {' '.join(words[1:])[:60]}")
 

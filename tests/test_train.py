@@ -50,7 +50,7 @@ def read_rows(workdir):
 
 def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
     assert {path.name for path in trained.iterdir()} == {
-        "checkpoints", "config.json", "curves.png", "events", "lock", "metrics.jsonl", "model.json",
+        "checkpoints", "config.json", "curves.png", "events", "finished", "lock", "metrics.jsonl", "model.json",
     }  # fmt: skip
     rows = read_rows(trained)
     assert all(
@@ -246,6 +246,7 @@ def test_a_stopped_run_saves_and_the_same_command_goes_on_to_the_same_numbers(tr
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
     assert status == 0 and "checkpoints/46/variables is damaged" in stderr and "going on after step 23" in stderr
     assert "stopped after step 30, which is saved" in stderr and (workdir / "damaged-46").is_dir()
+    assert not (workdir / "finished").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)

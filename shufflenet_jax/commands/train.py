@@ -83,6 +83,7 @@ def train(config, workdir):
     tell(f"checkpoints: {checkpoints.directory}")
     if parallel.is_first():
         tell(f"curves: {plots.plot_curves(workdir, title=f'{config.width}x on {config.data}')}")
+        (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
     return 0
 
 
