@@ -1,9 +1,11 @@
 """What README and docs tell people to type."""
 
+import json
 import re
 import shlex
 import shutil
 
+import matplotlib.pyplot
 import pytest
 from conftest import ROOT
 
@@ -73,18 +75,39 @@ def test_every_link_leads_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-@pytest.mark.real_data
-def test_the_readmes_python_runs_as_it_stands(shared, tmp_path, monkeypatch, call):
+@pytest.fixture
+def reader(shared, tmp_path, monkeypatch):
+    """In a folder with the demo's pictures, where the card's weights can be had."""
     weights = shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
     entry = published.PUBLISHED[published.CARD]._replace(file=weights.name, sha256=hash_of(weights)[:8])
     monkeypatch.setitem(published.PUBLISHED, published.CARD, entry)
     monkeypatch.setenv(published.MIRROR, weights.parent.as_uri())
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "demo", tmp_path / "demo")
-    assert call(from_torch.main, weights, "--out", "x1_0", "--no-verify")[0] == 0
+    return weights
+
+
+@pytest.mark.real_data
+def test_the_readmes_python_runs_as_it_stands(reader, call):
+    assert call(from_torch.main, reader, "--out", "x1_0", "--no-verify")[0] == 0
     names = {}
     for block in blocks(ROOT / "README.md", "python"):
         # torchvision's own 0.5x weights are not at hand.
         exec(block.replace('"shufflenet_v2_x0_5", pretrained=True', '"shufflenet_v2_x0_5"'), names)
     assert names["result"]["pred_class"] == "flamingo" and names["small"].info.num_classes == 10
     assert names["features"]["pooled"].shape == (1, 1024)
+
+
+@pytest.mark.real_data
+def test_the_notebook_gives_what_it_shows(reader, capsys):
+    matplotlib.use("Agg")
+    cells = json.loads((ROOT / "examples/quickstart.ipynb").read_text())["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            capsys.readouterr()
+            exec("".join(cell["source"]), names)
+            shown = [output for output in cell["outputs"] if output["output_type"] == "stream"]
+            assert capsys.readouterr().out == "".join("".join(output["text"]) for output in shown)
+    assert [panel.get_title() for panel in names["panels"]] == ["flamingo", "wall clock", "traffic light"]
+    matplotlib.pyplot.close("all")
