@@ -24,18 +24,10 @@ def eval_step(module, preprocess, variables, batch, *, flip=False):
       ({"images", "top1_correct", "top5_correct", "loss"}, logits (B, num_classes)). With `flip`, logits are the
       logarithms of the averaged probabilities.
     """
-
-    # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
-    precision = "default" if module.dtype == jnp.bfloat16 else "highest"
-
-    def forward(images):
-        with jax.default_matmul_precision(precision):
-            return module.apply(variables, transforms.normalize(images, preprocess, module.dtype))[0]
-
     images = batch["images"]
-    logits = forward(images)
+    logits, _ = forward(module, preprocess, variables, images)
     if flip:
-        both = jnp.stack([logits, forward(images[:, :, ::-1])])
+        both = jnp.stack([logits, forward(module, preprocess, variables, images[:, :, ::-1])[0]])
         logits = jax.nn.logsumexp(jax.nn.log_softmax(both), axis=0) - jnp.log(2)
 
     real, ranks = batch["mask"] > 0, label_ranks(logits, batch["labels"])
@@ -46,6 +38,15 @@ def eval_step(module, preprocess, variables, batch, *, flip=False):
         "top5_correct": (real & (ranks < 5)).sum(),
         "loss": jnp.where(real, losses, 0).sum(),
     }, logits
+
+
+def forward(module, preprocess, variables, images):
+    """(logits, features) of images (B, H, W, C): uint8, which are normalised, or floats as the network takes them."""
+    if images.dtype == jnp.uint8:
+        images = transforms.normalize(images, preprocess, module.dtype)
+    # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
+    with jax.default_matmul_precision("default" if module.dtype == jnp.bfloat16 else "highest"):
+        return module.apply(variables, images.astype(module.dtype))
 
 
 def label_ranks(logits, labels):

@@ -71,3 +71,8 @@ def hash_of(path):
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
+
+
+def printable(name):
+    """A file name as text, whatever bytes it consists of."""
+    return name.encode(errors="backslashreplace").decode()

@@ -15,6 +15,7 @@ from .data import transforms
 from .data.labels import class_name, imagenet_classes
 from .deploy import deploy
 from .errors import InputError
+from .evaluation import forward
 from .loading import load_model
 from .model import ShuffleNetV2, init_variables
 from .porting import dialects
@@ -84,24 +85,17 @@ class Model:
         return self._apply(self._weights, images)
 
     @cached_property
-    def _deployed(self):
+    def deployed(self):
+        """(Deployed, its weights): the form that predicts fastest."""
         return deploy(self.module, self.variables)
 
     @cached_property
     def _weights(self):
-        return jax.device_put(self._deployed[1])
+        return jax.device_put(self.deployed[1])
 
     @cached_property
     def _apply(self):
-        return jax.jit(partial(_outputs, self._deployed[0], self.info.preprocess))
-
-
-def _outputs(deployed, preprocess, weights, images):
-    if images.dtype == jnp.uint8:
-        images = transforms.normalize(images, preprocess, deployed.dtype)
-    # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
-    with jax.default_matmul_precision("default" if deployed.dtype == jnp.bfloat16 else "highest"):
-        return deployed.apply(weights, images.astype(deployed.dtype))
+        return jax.jit(partial(forward, self.deployed[0], self.info.preprocess))
 
 
 def _content(image):

@@ -5,7 +5,6 @@ import shutil
 import time
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from .files import written_aside
 
@@ -19,6 +18,8 @@ class MetricsLog:
     """
 
     def __init__(self, workdir, *, last_step):
+        from tensorboardX import SummaryWriter  # Imports torch where there is one.
+
         self._path = workdir / METRICS
         rows = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
         with written_aside(self._path) as draft:

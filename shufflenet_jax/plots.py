@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .errors import InputError
-from .files import written_aside
+from .files import printable, written_aside
 from .logs import METRICS, read_metrics
 
 PANELS = {  # figure: (label, scale, splits that have it)
@@ -113,11 +113,6 @@ def plot_predictions(predictions, target):
     with written_aside(target) as draft, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # Names may be in any script; boxes stand for those.
         figure.savefig(draft, format="png")
-
-
-def printable(name):
-    """A file name as text, whatever bytes it consists of."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _bars(axes, best):

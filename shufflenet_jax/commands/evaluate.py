@@ -14,12 +14,10 @@ import numpy as np
 
 from .. import parallel
 from ..cli import CommandLine, add_process_options, positive_integer, progress
-from ..comparison import compare
 from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
 from ..data.labels import class_name
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
-from ..deploy import deploy
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate, read_predictions
 from ..files import written_aside
@@ -27,7 +25,6 @@ from ..inference import Model
 from ..loading import load_model
 from ..ops import LOWERINGS
 from ..published import CARD, PUBLISHED
-from ..report import make_report
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -56,7 +53,8 @@ def evaluate_checkpoint(options, argv):
         raise InputError(
             "--predictions, --compare, --preprocess and --report need all logits in one process; start one alone"
         )
-    module, variables, info = load(options.checkpoint, options, ema=options.ema)
+    model, network = load(options.checkpoint, options, ema=options.ema)
+    info = model.info
     source = open_source(
         options.data,
         options.split,
@@ -74,18 +72,19 @@ def evaluate_checkpoint(options, argv):
             target and files.enter_context(written_aside(target)) for target in (options.predictions, options.report)
         )
         other = options.compare and opened(options.compare, options, info)
-        figures, rows = evaluate_on(module, variables, info.preprocess)
+        figures, rows = evaluate_on(*network, info.preprocess)
         if predictions:
             with open(predictions, "wb") as file:
                 np.savez(file, **rows)
         if report:
+            from ..report import make_report  # matplotlib and scipy take a second.
+
             title = f"{Path(options.checkpoint).name} on {Path(options.data).name}"
             command = shlex.join(["python", "eval.py", *argv])
-            model = Model(*load_model(options.checkpoint, ema=options.ema))
             page = make_report(rows, figures["loss"], model, source, title=title, command=command)
             report.write_text(page, encoding="utf-8")
     if options.preprocess:
-        figures["preprocess"] = under_each_preprocessing(module, variables, info, figures, rows, evaluate_on)
+        figures["preprocess"] = under_each_preprocessing(network, info, figures, rows, evaluate_on)
     if other:
         figures["compare"] = compared(options, info, rows, other if "logits" in other else evaluate_on(**other)[1])
     missed = misses(figures, options)
@@ -100,14 +99,12 @@ def keeps_logits(options):
 
 
 def load(checkpoint, options, *, ema=False):
-    """`load_model` of something with a classifier, in its fast form."""
+    """(a Model with a classifier, (what to evaluate, its variables)): the fast form unless --lowering is plain."""
     settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
-    module, variables, info = load_model(checkpoint, ema=ema, **settings)
-    if not info.num_classes:
+    model = Model(*load_model(checkpoint, ema=ema, **settings))
+    if not model.info.num_classes:
         raise InputError(f"{checkpoint} has no classifier and so no accuracy; choose another checkpoint")
-    if options.lowering != "plain":
-        module, variables = deploy(module, variables)
-    return module, variables, info
+    return model, (model.module, model.variables) if options.lowering == "plain" else model.deployed
 
 
 def evaluated(module, variables, preprocess, *, source, total, options):
@@ -122,13 +119,15 @@ def evaluated(module, variables, preprocess, *, source, total, options):
     return {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}, rows
 
 
-def under_each_preprocessing(module, variables, info, figures, rows, evaluate_on):
+def under_each_preprocessing(network, info, figures, rows, evaluate_on):
     """Evaluates the same weights on images prepared in other ways; prints a table and returns {way: figures}."""
+    from ..comparison import compare  # scipy takes half a second.
+
     found = {"as stored": {**figures, "flips": 0}}
     print(f"{'images prepared':28}{'top-1':>8}{'top-5':>8}{'flips':>7}  the first that flip")
     print(f"{'as stored with the weights':28}{figures['top1']:8.2f}{figures['top5']:8.2f}{0:7}")
     for name, preprocess in ways_to_prepare(info.preprocess).items():
-        these, others = evaluate_on(module, variables, preprocess)
+        these, others = evaluate_on(*network, preprocess)
         flips = compare(rows, others).flips
         found[name] = {**these, "flips": len(flips)}
         told = ", ".join(flip.name for flip in flips[:SOME_FLIPS])
@@ -158,14 +157,16 @@ def opened(compare, options, info):
     """What `--compare` names: {"name", "label", "logits"} of a file, or the arguments to evaluate a checkpoint with."""
     if Path(compare).suffix == ".npz":
         return read_predictions(compare)
-    module, variables, known = load(compare, options)
-    if known.classes != info.classes:
+    model, (module, variables) = load(compare, options)
+    if model.info.classes != info.classes:
         raise InputError(f"{compare} knows other classes than {options.checkpoint}; there is nothing to compare")
-    return {"module": module, "variables": variables, "preprocess": known.preprocess}
+    return {"module": module, "variables": variables, "preprocess": model.info.preprocess}
 
 
 def compared(options, info, rows, others):
     """Sets predictions beside others; prints what differs and returns the figures."""
+    from ..comparison import compare
+
     found = compare(rows, others)
     print(
         f"right: both {found.both}, only {options.checkpoint} {found.first_only}, only {options.compare} "

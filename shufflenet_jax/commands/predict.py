@@ -12,11 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .. import plots
 from ..cli import CommandLine, positive_integer, progress, tell, usable_cores
 from ..data.sources import IMAGE_SUFFIXES
 from ..errors import InputError
-from ..files import written_aside
+from ..files import printable, written_aside
 from ..inference import class_activation_map, get_model
 from ..published import CARD, UNREACHED, reason_of
 
@@ -63,7 +62,9 @@ def main(argv):
             with open(draft, "wb") as file:
                 np.savez(file, **{key: np.stack(values) for key, values in kept.items()})
         elif drawn:
-            plots.plot_predictions(drawn, draft)
+            from ..plots import plot_predictions  # matplotlib takes half a second.
+
+            plot_predictions(drawn, draft)
     return 2 if failed else 0
 
 
@@ -189,4 +190,4 @@ def describe(model, name, logits, topk):
 
 def as_text(row):
     lines = [f"{100 * entry['score']:6.2f} %  {entry['class']}" for entry in row["topk"]]
-    return "\n".join([plots.printable(row["image"]), *lines])
+    return "\n".join([printable(row["image"]), *lines])
