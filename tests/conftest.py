@@ -22,8 +22,10 @@ from PIL import Image
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from shufflenet_jax import published
 from shufflenet_jax.cli import run
 from shufflenet_jax.commands import from_torch
+from shufflenet_jax.files import hash_of
 from shufflenet_jax.porting import dialects, reference
 
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
@@ -81,6 +83,16 @@ def convert_network(network, dialect):
     tensors = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
     module = dialects.module_for(tensors, rules)
     return module, dialects.from_torch(tensors, rules, module)[0]
+
+
+@pytest.fixture
+def card_at_hand(shared, monkeypatch):
+    """The file from which the card's published model is "downloaded" in the test: that of the real weights."""
+    weights = shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
+    entry = published.find(published.CARD)._replace(file=weights.name, sha256=hash_of(weights)[:8])
+    monkeypatch.setitem(published.PUBLISHED, published.CARD, entry)
+    monkeypatch.setenv(published.MIRROR, weights.parent.as_uri())
+    return weights
 
 
 @pytest.fixture

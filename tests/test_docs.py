@@ -9,10 +9,9 @@ import matplotlib.pyplot
 import pytest
 from conftest import ROOT
 
-from shufflenet_jax import __main__, published
+from shufflenet_jax import __main__
 from shufflenet_jax.cli import CommandLine
 from shufflenet_jax.commands import evaluate, from_torch, to_torch, train
-from shufflenet_jax.files import hash_of
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
@@ -76,15 +75,11 @@ def test_every_link_leads_somewhere(page):
 
 
 @pytest.fixture
-def reader(shared, tmp_path, monkeypatch):
+def reader(card_at_hand, tmp_path, monkeypatch):
     """In a folder with the demo's pictures, where the card's weights can be had."""
-    weights = shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
-    entry = published.PUBLISHED[published.CARD]._replace(file=weights.name, sha256=hash_of(weights)[:8])
-    monkeypatch.setitem(published.PUBLISHED, published.CARD, entry)
-    monkeypatch.setenv(published.MIRROR, weights.parent.as_uri())
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "demo", tmp_path / "demo")
-    return weights
+    return card_at_hand
 
 
 @pytest.mark.real_data

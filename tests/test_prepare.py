@@ -16,13 +16,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 from conftest import ROOT
 from PIL import Image
 
-from shufflenet_jax import published
 from shufflenet_jax.commands import evaluate, from_torch, prepare
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.prepare import features_for
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
-from shufflenet_jax.files import hash_of
 
 
 def jpeg(seed, size=(20, 16), **options):
@@ -334,7 +332,7 @@ def test_a_damaged_record_is_named(tmp_path, call):
     ("data", "name", "counts"),
     [("imagenet-val227", "imagenet2012", (650, 466, 592)), ("imagenet-original", "original", (201, 161, 189))],
 )
-def test_real_images_give_the_same_counts_as_a_data_set(data, name, counts, shared, tmp_path, call, monkeypatch):
+def test_real_images_give_the_same_counts_as_a_data_set(data, name, counts, shared, card_at_hand, tmp_path, call):
     source = shared / data
     if name == "imagenet2012":  # As the official tar, whose labels then come from the challenge.
         images = sorted((source / "val").iterdir())
@@ -348,8 +346,7 @@ def test_real_images_give_the_same_counts_as_a_data_set(data, name, counts, shar
         labels = {row[0]: row[1] for row in read_all(name, "validation", tmp_path / "sets")}
         assert labels == {file: int(label) for file, label in listed}
     model = tmp_path / "model"
-    weights = shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
-    assert call(from_torch.main, weights, "--out", model, "--no-verify")[0] == 0
+    assert call(from_torch.main, card_at_hand, "--out", model, "--no-verify")[0] == 0
     argv = ("--checkpoint", model, "--data", f"tfds:{name}", "--data-dir", tmp_path / "sets")
     status, out, stderr = call(evaluate.main, *argv)
     assert status == 0, stderr
@@ -357,9 +354,6 @@ def test_real_images_give_the_same_counts_as_a_data_set(data, name, counts, shar
     assert tuple(figures[key] for key in ("images", "top1_correct", "top5_correct")) == counts
 
     if name == "imagenet2012":  # What eval.py does without arguments, but for the place of the data.
-        entry = published.PUBLISHED[published.CARD]._replace(file=weights.name, sha256=hash_of(weights)[:8])
-        monkeypatch.setitem(published.PUBLISHED, published.CARD, entry)
-        monkeypatch.setenv(published.MIRROR, weights.parent.as_uri())
         status, out, stderr = call(evaluate.main, "--data-dir", tmp_path / "sets")
         assert (
             status == 1 and result_of(out) == figures and "top1 is 71.69, not 69.55 as --expect-top1 expects" in stderr
