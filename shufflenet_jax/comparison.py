@@ -33,7 +33,8 @@ def compare(first, second):
     """The Comparison of two predictions.
 
     Args:
-      first, second: {"name": (N,), "label": (N,), "logits": (N, num_classes)}, as `evaluation.evaluate` keeps them.
+      first, second: {"name": (N,), "label": (N,) or (N, K), "logits": (N, num_classes)}, as `evaluation.evaluate`
+        keeps them.
     Raises:
       InputError: they are of different images.
     """
@@ -41,7 +42,8 @@ def compare(first, second):
         if not np.array_equal(first[what], second[what]):
             raise InputError(f"the predictions to compare are of other images: each {what} must be the same, in order")
     classes = [rows["logits"].argmax(1) for rows in (first, second)]
-    right = [found == first["label"] for found in classes]
+    labels = first["label"].reshape(len(first["name"]), -1)
+    right = [(found[:, None] == labels).any(1) for found in classes]
     first_only, second_only = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     differing = np.flatnonzero(classes[0] != classes[1])
     return Comparison(
@@ -51,7 +53,7 @@ def compare(first, second):
         neither=int((~right[0] & ~right[1]).sum()),
         agreement=100 * float((classes[0] == classes[1]).mean()),
         p_value=mcnemar(first_only, second_only),
-        flips=[Flip(str(first["name"][i]), int(first["label"][i]), *(int(c[i]) for c in classes)) for i in differing],
+        flips=[Flip(str(first["name"][i]), int(labels[i, 0]), *(int(c[i]) for c in classes)) for i in differing],
     )
 
 

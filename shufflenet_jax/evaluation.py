@@ -5,24 +5,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from .data import transforms
 from .errors import InputError
 
 
-def eval_step(module, preprocess, variables, batch, *, flip=False):
+def eval_step(module, preprocess, variables, batch, *, flip=False, among=None):
     """One device's share of a batch: sums over its real images, and their logits.
 
     Args:
       module: a ShuffleNetV2 with a classifier, or its Deployed form.
       preprocess: a Preprocess: how the uint8 images are normalised.
       variables: its {"params", "batch_stats"}, or its weights.
-      batch: {"images": uint8 (B, H, W, C), "labels": (B,), "mask": (B,)}.
+      batch: {"images": uint8 (B, H, W, C), "labels": (B,), "mask": (B,)}. Of labels (B, K) any is right; those that
+        are not there are -1.
       flip: average the class probabilities of each image and its mirror image.
+      among: bool (num_classes,): the classes that compete; by default all.
     Returns:
       ({"images", "top1_correct", "top5_correct", "loss"}, logits (B, num_classes)). With `flip`, logits are the
-      logarithms of the averaged probabilities.
+      logarithms of the averaged probabilities; those of classes that do not compete are -inf.
     """
     images = batch["images"]
     logits, _ = forward(module, preprocess, variables, images)
@@ -30,8 +31,12 @@ def eval_step(module, preprocess, variables, batch, *, flip=False):
         both = jnp.stack([logits, forward(module, preprocess, variables, images[:, :, ::-1])[0]])
         logits = jax.nn.logsumexp(jax.nn.log_softmax(both), axis=0) - jnp.log(2)
 
-    real, ranks = batch["mask"] > 0, label_ranks(logits, batch["labels"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    if among is not None:
+        logits = jnp.where(among[None], logits, -jnp.inf)
+    labels = batch["labels"].reshape(len(logits), -1)
+    real, ranks = batch["mask"] > 0, label_ranks(logits, likeliest(logits, labels))
+    # The probability that any of the labels has.
+    losses = -jax.nn.logsumexp(_at(jax.nn.log_softmax(logits), labels), axis=1)
     return {
         "images": real.sum(),
         "top1_correct": (real & (ranks < 1)).sum(),
@@ -47,6 +52,17 @@ def forward(module, preprocess, variables, images):
     # Accelerators round matrix products to bfloat16 or TF32 unless told otherwise.
     with jax.default_matmul_precision("default" if module.dtype == jnp.bfloat16 else "highest"):
         return module.apply(variables, images.astype(module.dtype))
+
+
+def likeliest(logits, labels):
+    """The label (B,) with the highest logit of each row's labels (B,) or (B, K); missing ones are -1."""
+    labels = labels.reshape(len(logits), -1)
+    return jnp.take_along_axis(labels, _at(logits, labels).argmax(1, keepdims=True), axis=1)[:, 0]
+
+
+def _at(values, labels):
+    """The values (B, num_classes) at labels (B, K); -inf where there is none."""
+    return jnp.where(labels >= 0, jnp.take_along_axis(values, jnp.maximum(labels, 0), axis=1), -jnp.inf)
 
 
 def label_ranks(logits, labels):
@@ -66,7 +82,7 @@ def evaluate(step, variables, batches, *, keep_logits=False):
       keep_logits: also return a row for each image.
     Returns:
       {"images", "top1_correct", "top5_correct": integers, "top1", "top5": percent, "loss": mean}, and
-      {"name", "label", "logits"} in the order read, or None.
+      {"name", "label", "logits"} in the order read, or None; labels are (N,) or (N, K) as the batches have them.
     """
     totals, kept, running = {}, [], None
     for batch in batches:

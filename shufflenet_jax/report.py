@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from .data.labels import class_name
+from .evaluation import likeliest
 from .inference import class_activation_map
 
 BINS = 15  # Of confidence, as Guo et al. (ICML 2017) have them.
@@ -70,8 +71,8 @@ class Summary(NamedTuple):
 
 
 def summarise(rows):
-    """The Summary of {"label": (N,), "logits": (N, num_classes)}."""
-    labels, logits = rows["label"], np.asarray(rows["logits"], np.float64)
+    """The Summary of {"label": (N,) or (N, K), "logits": (N, num_classes)}; of several labels the likeliest counts."""
+    labels, logits = np.asarray(likeliest(rows["logits"], rows["label"])), np.asarray(rows["logits"], np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     predicted, right = order[:, 0], order[:, 0] == labels
     exponents = np.exp(logits - logits.max(1, keepdims=True))

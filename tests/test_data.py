@@ -221,7 +221,7 @@ def test_damaged_images_are_named(decoder, damage):
 
 def numbered(count):
     """Examples whose every pixel is their number."""
-    return Source(count, lambda i: Example(f"#{i}", np.full((8, 8), i, np.uint8), i % 10), 10, None)
+    return Source(count, lambda i: Example(f"#{i}", np.full((8, 8), i, np.uint8), i % 10), 10, None, tuple)
 
 
 def test_evaluation_reads_every_example_once_in_order_and_masks_the_rest():
@@ -338,7 +338,7 @@ def test_a_damaged_training_image_is_named_and_replaced_without_changing_the_res
 
 
 def test_data_in_which_nothing_can_be_read_is_refused():
-    broken = Source(3, lambda index: Example(f"#{index}", b"", 0), 1, None)
+    broken = Source(3, lambda index: Example(f"#{index}", b"", 0), 1, None, tuple)
     with pytest.raises(InputError, match="no image of the training data"):
         list(train_batches(broken, config(batch_size=2), stop_step=1))
 

@@ -119,9 +119,10 @@ def test_the_official_tars_become_imagenet2012_in_tfds_own_version(tmp_path, cal
     }
 
 
-def write_tfrecords(root, name, records, split="train", shards=2):
+def write_tfrecords(root, name, records, split="train", shards=2, *, features=None, version="1.2.3"):
     """A TFDS data set in TFRecord form, as TFDS itself writes it."""
-    folder = root / name / "1.2.3"
+    folder = root / name / version
+    name = name.partition("/")[0]
     folder.mkdir(parents=True)
 
     def masked(data):
@@ -139,7 +140,7 @@ def write_tfrecords(root, name, records, split="train", shards=2):
         name=split, shard_lengths=list(map(len, parts)), num_bytes=sum(map(len, records)), filename_template=template
     )
     tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features_for(["a", "b"]), split_infos=[split_info], version="1.2.3",
+        data_dir=folder, features=features or features_for(["a", "b"]), split_infos=[split_info], version=version,
         filename_template=template, check_data=False,
     )  # fmt: skip
     return folder, parts
@@ -221,7 +222,10 @@ def test_short_edge_stores_smaller_images_and_keeps_their_orientation(tmp_path, 
     [
         ("cifar10", "other features or classes"),
         ("imagenet2012", "other features or classes"),
-        ("imagenet_resized", "several configurations"),
+        ("imagenet_resized", "name it imagenet_resized/CONFIG, where CONFIG is one of 8x8, 16x16"),
+        ("imagenet_resized/9x9", "name it imagenet_resized/CONFIG"),
+        ("imagenet_a/small", "name it imagenet_a, or"),
+        ("pets/small", "has no configuration small"),
         ("../up", "no name for a data set"),
         ("Pets", "no name for a data set"),
     ],

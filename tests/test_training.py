@@ -315,7 +315,7 @@ EVERYTHING = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.
 def test_devices_and_parts_do_not_change_a_training(x64, small_networks, recipe, routes):
     """Twenty steps over two epochs with uneven last batches; small ones, lest the network amplify rounding."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
-    data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None)
+    data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None, tuple)
     base = dataclasses.replace(IN1K, image_size=32, crop="center", batch_size=32, bn_group_size=8, learning_rate=1e-4)
     module = ShuffleNetV2(
         width=0.5, num_classes=10, small_stem=True, dropout=recipe.get("dropout", 0), dtype=np.float64

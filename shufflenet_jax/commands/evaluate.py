@@ -33,6 +33,7 @@ DESCRIPTION = (
 IMAGENET = {"data": "tfds:imagenet2012", "split": "validation"}
 CPU_BATCH, ACCELERATOR_BATCH = 16, 128
 SOME_FLIPS = 3
+SUBSETS = ("imagenet_a", "imagenet_r")  # Hendrycks et al. judge among the 200 classes that occur in each.
 EXPECTED = {  # option: (figure, type, meaning)
     "--expect-top1-correct": ("top1_correct", int, "number of images whose label comes first"),
     "--expect-top5-correct": ("top5_correct", int, "number of images whose label is among the first five"),
@@ -61,11 +62,13 @@ def evaluate_checkpoint(options, argv):
         data_dir=options.data_dir,
         classes=info.classes,
         num_classes=info.num_classes,
+        multi_label=True,
     )
     total = min(options.limit or len(source), len(source))
     parallel.require_same("images and classes", (total, info.classes))
 
-    evaluate_on = partial(evaluated, source=source, total=total, options=options)
+    among = competing(source, options, info.num_classes)
+    evaluate_on = partial(evaluated, source=source, total=total, options=options, among=among)
     with ExitStack() as files:
         # Opened first: what cannot be written or read should not cost an evaluation.
         predictions, report = (
@@ -80,6 +83,7 @@ def evaluate_checkpoint(options, argv):
             from ..report import make_report  # matplotlib and scipy take a second.
 
             title = f"{Path(options.checkpoint).name} on {Path(options.data).name}"
+            title += "" if among is None else f", among its {figures['classes']} classes"
             command = shlex.join(["python", "eval.py", *argv])
             page = make_report(rows, figures["loss"], model, source, title=title, command=command)
             report.write_text(page, encoding="utf-8")
@@ -107,16 +111,26 @@ def load(checkpoint, options, *, ema=False):
     return model, (model.module, model.variables) if options.lowering == "plain" else model.deployed
 
 
-def evaluated(module, variables, preprocess, *, source, total, options):
+def competing(source, options, num_classes):
+    """bool (num_classes,): the classes among which a prediction is made, or None for all."""
+    if not (options.subset or options.data.partition("tfds:")[2] in SUBSETS):
+        return None
+    among = np.zeros(num_classes, bool)
+    among[list(set(source.labels()))] = True
+    return among
+
+
+def evaluated(module, variables, preprocess, *, source, total, options, among):
     """(rounded figures, rows or None) of a network on the data, its images prepared in one way."""
     # Small batches let a CPU decode and predict by turns; accelerators want to be filled.
     batch_size = options.batch_size or (CPU_BATCH if jax.default_backend() == "cpu" else ACCELERATOR_BATCH)
     batch_size = parallel.shared_equally(min(batch_size, total))
-    step = parallel.map_eval_step(partial(eval_step, module, preprocess, flip=options.tta == "flip"))
+    step = parallel.map_eval_step(partial(eval_step, module, preprocess, flip=options.tta == "flip", among=among))
     batches = eval_batches(source, preprocess, batch_size=batch_size, limit=total, **parallel.own_slice())
     fed = shown(batches, total)
     figures, rows = evaluate(step, parallel.replicate(variables), fed, keep_logits=keeps_logits(options))
-    return {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}, rows
+    figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
+    return figures if among is None else {**figures, "classes": int(among.sum())}, rows
 
 
 def under_each_preprocessing(network, info, figures, rows, evaluate_on):
@@ -193,6 +207,8 @@ def parse(argv):
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
     told = f"images a step (default: {CPU_BATCH} on CPUs, {ACCELERATOR_BATCH} on accelerators)"
     parser.add_argument("--batch-size", type=positive_integer, help=told)
+    told = "choose among the classes that occur in the data alone; tfds:imagenet_a and imagenet_r are always judged so"
+    parser.add_argument("--subset", action="store_true", help=told)
     parser.add_argument("--limit", type=positive_integer, help="evaluate only that many images, the first ones")
     parser.add_argument("--tta", choices=["flip"], help="average the probabilities of each image and its mirror image")
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")

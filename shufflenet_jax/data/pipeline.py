@@ -29,14 +29,16 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1,
       workers: processes that decode; 0 decodes in threads of this one.
       threads: decoding threads, of each worker if there are any; by default one for each core.
     Returns:
-      An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "mask": float32 (b,), "names": str (b,)}.
+      An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,) or (b, K), "mask": float32 (b,), "names":
+      str (b,)}.
     """
     count = len(source) if limit is None else min(limit, len(source))
 
     def load(position):
         if position >= count:
             empty = np.zeros((preprocess.crop, preprocess.crop, preprocess.channels), np.uint8)
-            return {"images": empty, "labels": np.int32(0), "mask": np.float32(0), "names": ""}
+            nothing = np.zeros(source.label_shape, np.int32)
+            return {"images": empty, "labels": nothing, "mask": np.float32(0), "names": ""}
         example = source[position]
         image = transforms.prepare(example.image, preprocess, example.name)
         return {"images": image, "labels": np.int32(example.label), "mask": np.float32(1), "names": example.name}

@@ -379,19 +379,23 @@ def is_tfds(source):
 
 
 def _file_name(name, split, index, count):
-    return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
+    return f"{name.partition('/')[0]}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 def _version(name, features, out, own="1.0.0"):
     """The version to write: that of TFDS's own data set of this name, if there is one."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*(/[\w.-]+)?", name):
         raise InputError(f"{name!r} is no name for a data set; use lower-case letters, digits and _")
-    if name not in tfds.list_builders(with_community_datasets=False):
+    base, _, config = name.partition("/")
+    if base not in tfds.list_builders(with_community_datasets=False):
+        if config:
+            raise InputError(f"{base} is none of TFDS's own data sets and has no configuration {config}; leave it out")
         return own
     advice = "choose another --name"
-    builder_class = tfds.builder_cls(name)
-    if builder_class.BUILDER_CONFIGS:
-        raise InputError(f"{name} is one of TFDS's own data sets, with several configurations; {advice}")
+    configs = [found.name for found in tfds.builder_cls(base).BUILDER_CONFIGS]
+    if config not in (configs or [""]):
+        told = f"{base}/CONFIG, where CONFIG is one of {', '.join(configs)}" if configs else base
+        raise InputError(f"{name} is none of TFDS's own data sets; name it {told}, or {advice}")
     builder = tfds.builder(name, data_dir=out)
     if _spelled(builder.info.features) != _spelled(features):
         raise InputError(f"{name} is one of TFDS's own data sets, with other features or classes; {advice}")
@@ -449,7 +453,7 @@ def _claim(plan):
 def _describe(plan, reports):
     """Writes the files by which TFDS knows a data set."""
     template = tfds.core.ShardedFileTemplate(
-        data_dir=plan.draft, dataset_name=plan.name, filetype_suffix="array_record"
+        data_dir=plan.draft, dataset_name=plan.name.partition("/")[0], filetype_suffix="array_record"
     )
     infos = [
         tfds.core.SplitInfo(

@@ -1,12 +1,14 @@
 """Labelled images by position: TFDS data sets, class folders, MMPretrain's lists, the digits inside scikit-learn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..cli import progress
 from ..errors import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -18,7 +20,7 @@ ADVICE = "choose a checkpoint that was trained on these classes"
 class Example(NamedTuple):
     name: str
     image: bytes | np.ndarray  # Encoded, or uint8 (H, W, 3) RGB or (H, W) grey.
-    label: int
+    label: int | np.ndarray  # Or int32 (K,): all that are right, filled up with -1.
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Source:
     read: Callable[[int], Example]
     num_classes: int
     classes: tuple[str, ...] | None  # Name of each label, where the data knows them.
+    labels: Callable[[], Iterable[int]]  # All that occur, without decoding an image.
+    label_shape: tuple[int, ...] = ()  # (K,) where an image may have several labels.
 
     def __len__(self):
         return self.size
@@ -37,7 +41,7 @@ class Source:
         return self.read(index)
 
 
-def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=None):
+def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=None, multi_label=False):
     """Opens what `--data` names.
 
     Args:
@@ -46,13 +50,15 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
       data_dir: where TFDS data sets lie; by default TFDS's own place.
       classes: the names that decide the labels of class folders and data sets; by default their own, in order.
       num_classes: the classes of the model that will read the data, where there is one.
+      multi_label: also take data whose images have several right labels, like TFDS's imagenet2012_real (Beyer et al.,
+        2020); images without any are left out.
     Raises:
       InputError: nothing usable lies there, or its labels are not those of the model.
     """
     if data == "digits":
         source = _open_digits(split)
     elif str(data).startswith("tfds:"):
-        source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes)
+        source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes, multi_label)
     else:
         source = _open_folder(Path(data).expanduser(), split, classes)
     # A list names no classes: its largest label only bounds how many there are.
@@ -66,7 +72,7 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
     return source
 
 
-def _open_tfds(name, split, data_dir, classes):
+def _open_tfds(name, split, data_dir, classes, multi_label):
     """A data set on disk in ArrayRecord form; nothing is ever downloaded, and no TensorFlow is needed."""
     import tensorflow_datasets as tfds  # Costs half a second to import.
     from tensorflow_datasets.proto import tf_example_pb2
@@ -79,33 +85,57 @@ def _open_tfds(name, split, data_dir, classes):
             f"once: python -m shufflenet_jax prepare --source {builder.data_path} --name {name} --out DIR "
             "and give --data-dir DIR"
         )
-    if not {"image", "label"} <= set(info.features):
+    truth = "real_label" if multi_label and "label" not in info.features else "label"
+    if not {"image", truth} <= set(info.features):
         raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label")
     split = _choose_split(split, f"the data set {name}", set(info.splits).__contains__)
     # TFDS's own parsing makes an array of every feature, which takes as long as half the decoding of an image.
     records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
-    labels = info.features["label"]
+    labels = info.features[truth] if truth == "label" else info.features[truth].feature
     own = tuple(labels.names or map(str, range(labels.num_classes)))
     # Without names of its own, the data's numbers are the labels.
     classes = own if classes is None or not labels.names else tuple(classes)
     rank = _rank(own if labels.names else (), classes, f"the data set {name}")
     naming = next((key for key in ("file_name", "id") if key in info.features), None)
 
-    def read(index):
+    def parsed(index):
+        """(file name, encoded image, its labels) of a record."""
         try:
             record = tf_example_pb2.Example.FromString(records[index]).features.feature
-            image, label = record["image"].bytes_list.value[0], record["label"].int64_list.value[0]
+            image, found = record["image"].bytes_list.value[0], list(record[truth].int64_list.value)
             called = record[naming].bytes_list.value[0].decode() if naming else f"{split}/{index}"
         except Exception as error:  # ArrayRecord and TFDS raise several kinds for damaged records.
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise InputError(
                 f"record {index} of {name}, split {split}, is damaged ({reason}); prepare it again"
             ) from error
-        if not 0 <= label < len(own):
-            raise InputError(f"record {index} of {name}, split {split}, has no label ({label}); choose another split")
-        return Example(called, image, rank[own[label]] if labels.names else label)
+        if not all(0 <= label < len(own) for label in found) or (truth == "label" and len(found) != 1):
+            told = ", ".join(map(str, found))
+            raise InputError(f"record {index} of {name}, split {split}, has no label ({told}); choose another split")
+        return called, image, [rank[own[label]] for label in found] if labels.names else found
 
-    return Source(len(records), read, len(classes), classes if labels.names else None)
+    def all_labels():
+        bar = progress(iterable=range(len(records)), unit="image", desc="reading labels")
+        return [parsed(index)[2] for index in bar]
+
+    def read(index):
+        called, image, (label,) = parsed(index)
+        return Example(called, image, label)
+
+    known = {"num_classes": len(classes), "classes": classes if labels.names else None}
+    if truth == "label":
+        return Source(len(records), read, labels=lambda: (label for (label,) in all_labels()), **known)
+
+    truths = all_labels()
+    judged, most = [index for index, found in enumerate(truths) if found], max(map(len, truths), default=0)
+    if not judged:
+        raise InputError(f"no image of {name}, split {split}, has a label")
+
+    def read_several(index):
+        called, image, found = parsed(judged[index])
+        return Example(called, image, np.int32(found + [-1] * (most - len(found))))
+
+    return Source(len(judged), read_several, labels=lambda: chain(*truths), label_shape=(most,), **known)
 
 
 def tfds_directory(name, data_dir=None):
@@ -119,6 +149,9 @@ def tfds_directory(name, data_dir=None):
             f"no data set {name} in {root.parent}; name its place with --data-dir, or make it with "
             f"python -m shufflenet_jax prepare --source S --name {name} --out {root.parent}"
         )
+    configs = sorted({path.parent.relative_to(root).as_posix() for path in versions})
+    if len(configs) > 1:
+        raise InputError(f"{root} holds {', '.join(configs)}; name one of them, like tfds:{name}/{configs[-1]}")
     return max(versions, key=lambda path: utils.Version(path.name))
 
 
@@ -138,7 +171,7 @@ def _open_digits(split):
     def read(index):
         return Example(f"digit{chosen[index]:04d}", images[index], int(labels[index]))
 
-    return Source(len(chosen), read, 10, tuple("0123456789"))
+    return Source(len(chosen), read, 10, tuple("0123456789"), labels.tolist)
 
 
 def _open_folder(root, split, classes):
@@ -190,7 +223,7 @@ def _open_list(listing, folder):
     def read(index):
         return Example(names[index], _read_file(folder / names[index]), labels[index])
 
-    return Source(len(names), read, max(labels) + 1, None)
+    return Source(len(names), read, max(labels) + 1, None, lambda: labels)
 
 
 def _open_classes(folder, classes):
@@ -211,7 +244,7 @@ def _open_classes(folder, classes):
         name, label = files[index]
         return Example(name, _read_file(folder / name), label)
 
-    return Source(len(files), read, len(classes), classes)
+    return Source(len(files), read, len(classes), classes, lambda: (label for _, label in files))
 
 
 def _read_file(path):
