@@ -1,6 +1,7 @@
 """`train.py`: trains a preset, with any of its settings overridden; the same command again resumes."""
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -38,7 +39,9 @@ def main(argv):
         return print_schedule(config, options.print_schedule)
     workdir = Path(options.workdir or f"runs/{options.config}").expanduser()
     with parallel.joined(options.coordinator_address, options.num_processes, options.process_id):
-        return train(config, workdir)
+        status = train(config, workdir)
+    gc.collect()  # Only then JAX lets go of the batches that worker processes have shared; at exit it were too late.
+    return status
 
 
 def train(config, workdir):
