@@ -1,0 +1,140 @@
+"""README and docs as their readers use them: the commands and the Python of a page in order, and what readers have."""
+
+import io
+import itertools
+import re
+import shlex
+import shutil
+import tarfile
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from conftest import ROOT, lively_network
+from PIL import Image
+from small_training import few_units
+
+from shufflenet_jax import __main__, published
+from shufflenet_jax.commands import evaluate, from_torch, to_torch, train
+from shufflenet_jax.data.labels import imagenet_classes
+from shufflenet_jax.files import hash_of
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {
+    "train.py": train.main,
+    "eval.py": evaluate.main,
+    "convert/from_torch.py": from_torch.main,
+    "convert/to_torch.py": to_torch.main,
+}
+# Invisible to the reader, a comment before a block says what no test has: its commands are not run.
+BLOCK = re.compile(r"^(?:<!-- needs: (.+) -->\n)?```(sh|python)\n(.*?)^```", re.M | re.S)
+INLINE = re.compile(r"`(python [^`]*?\.py[^`]*|python -m shufflenet_jax [^`]*)`")
+
+
+class Step(NamedTuple):
+    """A command line of a page, or a block of its Python."""
+
+    kind: str  # "sh", "python", or "inline": a command in a table or sentence.
+    text: str
+    needs: str = ""
+
+    @property
+    def words(self):
+        """The command line as words, without what a shell keeps for itself."""
+        words = shlex.split(self.text.rstrip("& ").replace("\n", " "), comments=True)
+        return words[len(self.variables) :]
+
+    @property
+    def variables(self):
+        """The environment variables in front of a command."""
+        words = itertools.takewhile(lambda word: re.match(r"[A-Z_]+=", word), self.text.split())
+        return dict(word.split("=", 1) for word in words)
+
+    @property
+    def is_benchmark(self):
+        return self.words[1:] and self.words[1].startswith("benchmarks/")
+
+
+def steps(page):
+    """The Steps of a page: its blocks in order, then the commands in its sentences."""
+    text = page.read_text()
+    for needs, language, block in BLOCK.findall(text):
+        parts = [block] if language == "python" else block.replace("\\\n", " ").splitlines()
+        yield from (Step(language, part, needs) for part in parts if part.strip())
+    yield from (Step("inline", line) for line in INLINE.findall(BLOCK.sub("", text)))
+
+
+def command_of(words):
+    """(its main, the words for it) of a command of ours, or None."""
+    if words[:3] == ["python", "-m", "shufflenet_jax"]:
+        return __main__.main, words[3:]
+    if words[:1] == ["python"] and words[1] in SCRIPTS:
+        return SCRIPTS[words[1]], words[2:]
+    return None
+
+
+# What readers have
+
+
+def save_picture(path, seed, side=72):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((side + 10, side)).save(path)
+
+
+def save_classes(root, classes, splits=("train", "val"), images=2):
+    """Class folders of random pictures."""
+    for number, (split, kind, image) in enumerate(itertools.product(splits, classes, range(images))):
+        save_picture(root / split / kind / f"{image}.JPEG", number)
+
+
+def tar_of(files):
+    """The bytes of a tar of (name, bytes)."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+def zip_of(folder, path):
+    with zipfile.ZipFile(path, "w") as file:
+        for image in sorted(folder.rglob("*.JPEG")):
+            file.write(image, image.relative_to(folder))
+
+
+def save_tars(folder, picture):
+    """ILSVRC2012's tars with a few images."""
+    folder.mkdir()
+    inner = [(f"{wnid}.tar", tar_of([(f"{wnid}_1.JPEG", picture)])) for wnid in list(imagenet_classes())[:4]]
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    images = [(f"ILSVRC2012_val_{number:08}.JPEG", picture) for number in (1, 2)]
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(images))
+
+
+def save_readers_things(root):
+    """The pages' FOLDER, FEW, tars, zips and PyTorch files: small data, and random networks of 4 units."""
+    save_classes(root / "FOLDER", list(imagenet_classes())[:4])
+    save_classes(root / "FEW", ["cat", "dog"], ["train", "test"], images=4)
+    save_classes(root / "pets", ["cat", "dog"])
+    zip_of(root / "pets", root / "pets.zip")
+    save_classes(root / "cifar10", [f"kind{i}" for i in range(10)], ["train", "test"])
+    zip_of(root / "cifar10", root / "cifar10.zip")
+    save_tars(root / "tars", (root / "FOLDER/train/n01440764/0.JPEG").read_bytes())
+    with few_units():
+        for name in (published.CARD, "shufflenet_v2_x0_5", "shufflenet_v2_x1_0"):
+            entry = published.PUBLISHED[name]
+            network = lively_network(entry.source.lower(), entry.width, 1000)
+            torch.save({"state_dict": network.state_dict()}, root / entry.file)
+    shutil.copy(root / entry.file, root / "OTHER")
+
+
+def publish(root, monkeypatch):
+    """Makes the files of a folder those that the published names download."""
+    for name, entry in published.PUBLISHED.items():
+        if (root / entry.file).is_file():
+            monkeypatch.setitem(published.PUBLISHED, name, entry._replace(sha256=hash_of(root / entry.file)[:8]))
+    monkeypatch.setenv(published.MIRROR, root.as_uri())
