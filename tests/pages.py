@@ -1,24 +1,34 @@
-"""README and docs as their readers use them: the commands and the Python of a page in order, and what readers have."""
+"""README and docs as their readers use them: the commands and the Python of a page in order, and what readers have.
+
+`proofs/test_docs.py` follows the pages in LONG, which start processes; `tests/test_docs.py` all others.
+"""
 
 import io
 import itertools
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from typing import NamedTuple
 
+import jax
+import matplotlib.pyplot
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT, lively_network
 from PIL import Image
 from small_training import few_units
 
-from shufflenet_jax import __main__, published
+from shufflenet_jax import __main__, config, model, ops, published
 from shufflenet_jax.commands import evaluate, from_torch, to_torch, train
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.files import hash_of
+from shufflenet_jax.porting import dialects
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
@@ -27,6 +37,29 @@ SCRIPTS = {
     "convert/from_torch.py": from_torch.main,
     "convert/to_torch.py": to_torch.main,
 }
+LONG = ("hosts", "training", "faster")
+# The commands keep their words; these behind them make them short.
+SHORTER = {
+    "train": [
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--eval-batch-size",
+        "8",
+        "--image-size",
+        "32",
+        "--eval-every",
+        "100",
+    ],
+    "eval": ["--limit", "2"],
+    "benchmarks/distillation": ["--epochs", "1", "--teacher-epochs", "1", "--seeds", "1"],
+    "benchmarks/evaluation": ["--rounds", "1"],
+    "benchmarks/input_pipeline": ["--rounds", "1", "--seconds", "0.2"],
+    "benchmarks/model": ["--rounds", "1", "--seconds", "0.1", "--only", "ours", "PyTorch"],
+    "benchmarks/training_loop": ["--rounds", "1", "--steps", "1", "--batch-size", "8"],
+}
+SMALLER = {'"train": 100, "val": 50': '"train": 4, "val": 2', "range(5)": "range(2)"}  # In Python.
 # Invisible to the reader, a comment before a block says what no test has: its commands are not run.
 BLOCK = re.compile(r"^(?:<!-- needs: (.+) -->\n)?```(sh|python)\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`(python [^`]*?\.py[^`]*|python -m shufflenet_jax [^`]*)`")
@@ -51,10 +84,6 @@ class Step(NamedTuple):
         words = itertools.takewhile(lambda word: re.match(r"[A-Z_]+=", word), self.text.split())
         return dict(word.split("=", 1) for word in words)
 
-    @property
-    def is_benchmark(self):
-        return self.words[1:] and self.words[1].startswith("benchmarks/")
-
 
 def steps(page):
     """The Steps of a page: its blocks in order, then the commands in its sentences."""
@@ -63,6 +92,42 @@ def steps(page):
         parts = [block] if language == "python" else block.replace("\\\n", " ").splitlines()
         yield from (Step(language, part, needs) for part in parts if part.strip())
     yield from (Step("inline", line) for line in INLINE.findall(BLOCK.sub("", text)))
+
+
+def follow(page, call):
+    """Does all that a page tells its reader to do, but for what needs what no test has."""
+    names, processes = {}, []
+    for step in steps(page):
+        if step.kind == "python":
+            text = step.text
+            for usual, smaller in SMALLER.items():
+                text = text.replace(usual, smaller)
+            exec(text, names)
+        elif step.kind == "sh" and not step.needs:
+            processes.append(follow_command(step, call))
+    assert all(process.wait() == 0 for process in processes if process)
+    matplotlib.pyplot.close("all")
+
+
+def follow_command(step, call):
+    """Runs a command line in this process; a benchmark, and what begins with variables or ends with &, in another one.
+
+    The latter, a training, is returned as it runs, for others to run beside it.
+    """
+    words, command = step.words, command_of(step.words)
+    name = words[3] if words[1] == "-m" else words[1].removesuffix(".py")
+    shorter = SHORTER.get(name, [])
+    if command is None:
+        subprocess.run([sys.executable, ROOT / words[1], *words[2:], *shorter], check=True)
+        return None
+    main, argv = command
+    if step.variables or step.text.rstrip().endswith("&"):
+        script = [sys.executable, ROOT / "tests/small_training.py"]
+        return subprocess.Popen([*script, *argv, *shorter], env={**os.environ, **step.variables})
+    status, _, stderr = call(main, *argv, *shorter)
+    missed = status == 1 and "--expect-top1" in words  # Random weights miss what is published.
+    assert status == 0 or missed, f"{step.text}\n{stderr}"
+    return None
 
 
 def command_of(words):
@@ -116,7 +181,7 @@ def save_tars(folder, picture):
 
 
 def save_readers_things(root):
-    """The pages' FOLDER, FEW, tars, zips and PyTorch files: small data, and random networks of 4 units."""
+    """The pages' FOLDER, FEW, tars, zips and PyTorch files: small data, and random networks of 3 units."""
     save_classes(root / "FOLDER", list(imagenet_classes())[:4])
     save_classes(root / "FEW", ["cat", "dog"], ["train", "test"], images=4)
     save_classes(root / "pets", ["cat", "dog"])
@@ -124,12 +189,16 @@ def save_readers_things(root):
     save_classes(root / "cifar10", [f"kind{i}" for i in range(10)], ["train", "test"])
     zip_of(root / "cifar10", root / "cifar10.zip")
     save_tars(root / "tars", (root / "FOLDER/train/n01440764/0.JPEG").read_bytes())
-    with few_units():
+    with few_units(stage2=1):
         for name in (published.CARD, "shufflenet_v2_x0_5", "shufflenet_v2_x1_0"):
             entry = published.PUBLISHED[name]
             network = lively_network(entry.source.lower(), entry.width, 1000)
             torch.save({"state_dict": network.state_dict()}, root / entry.file)
-    shutil.copy(root / entry.file, root / "OTHER")
+    for name in ("OTHER", "FILE.pth"):
+        shutil.copy(root / entry.file, root / name)
+    for name in ("VAL650", "TRAIN201"):
+        shutil.copytree(root / "FOLDER", root / name)
+    (root / "docs").mkdir()
 
 
 def publish(root, monkeypatch):
@@ -138,3 +207,34 @@ def publish(root, monkeypatch):
         if (root / entry.file).is_file():
             monkeypatch.setitem(published.PUBLISHED, name, entry._replace(sha256=hash_of(root / entry.file)[:8]))
     monkeypatch.setenv(published.MIRROR, root.as_uri())
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """A folder of all that the pages speak of."""
+    root = tmp_path_factory.mktemp("things")
+    save_readers_things(root)
+    return root
+
+
+@pytest.fixture
+def reader(things, tmp_path, monkeypatch):
+    """In such a folder; networks have few units, and published ones can be had."""
+    shutil.copytree(things, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "demo", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path / "home/tensorflow_datasets"))
+    publish(things, monkeypatch)
+    matplotlib.use("Agg")
+    for place, name in ((config, "WIDTHS"), (ops, "LOWERINGS")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    tables = (model.CHANNELS, config.PREPROCESSING, ops.MODULES, dialects.DIALECTS)  # What extending.md adds to.
+    kept = [dict(table) for table in tables]
+    jax.config.update("jax_disable_most_optimizations", True)  # What is compiled runs once.
+    with few_units(stage2=1):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    for table, usual in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(usual)

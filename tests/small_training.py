@@ -22,10 +22,10 @@ from shufflenet_jax.commands import evaluate, train
 
 
 @contextlib.contextmanager
-def few_units():
+def few_units(stage2=2):
     """Networks have few units within the block."""
     usual = dict(model.UNITS)
-    _set_units({"stage2": 2, "stage3": 1, "stage4": 1})
+    _set_units({"stage2": stage2, "stage3": 1, "stage4": 1})
     try:
         yield
     finally:

@@ -1,0 +1,21 @@
+"""The pages of docs that start processes and benchmarks, followed as `tests/test_docs.py` follows the others."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import pages
+from conftest import call, own_cache  # noqa: F401
+from pages import reader, things  # noqa: F401
+
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+FOLLOWED = pages.LONG[: max(1, round(len(pages.LONG) * SHARE))]
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_commands_of_a_page_run_in_their_order(name, reader, call):  # noqa: F811
+    pages.follow(pages.ROOT / f"docs/{name}.md", call)
