@@ -5,6 +5,7 @@ with the variables and, beside them, what the optimiser needs to go on and, wher
 """
 
 import contextlib
+import logging
 import sys
 from pathlib import Path
 
@@ -126,8 +127,15 @@ def _abandoned_work_silent():
 def _best_or_latest(workdir):
     if not has_steps(workdir):
         raise InputError(f"{workdir} holds no finished checkpoint; let its training run on, or give another checkpoint")
-    with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
-        return workdir / STEPS / str(checkpoints.best_or_latest_step())
+    # Orbax warns that what is only to be read is read-only.
+    log = logging.getLogger("absl")
+    usual = log.level
+    log.setLevel(max(usual, logging.ERROR))
+    try:
+        with TrainingCheckpoints(workdir, read_only=True) as checkpoints:
+            return workdir / STEPS / str(checkpoints.best_or_latest_step())
+    finally:
+        log.setLevel(usual)
 
 
 def has_steps(workdir):

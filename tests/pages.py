@@ -218,7 +218,15 @@ def things(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(things, tmp_path, monkeypatch):
+def quick_compilation():
+    """For what runs once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def reader(things, quick_compilation, tmp_path, monkeypatch):
     """In such a folder; networks have few units, and published ones can be had."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     shutil.copytree(ROOT / "demo", tmp_path / "demo")
@@ -231,10 +239,8 @@ def reader(things, tmp_path, monkeypatch):
         monkeypatch.setattr(place, name, getattr(place, name))
     tables = (model.CHANNELS, config.PREPROCESSING, ops.MODULES, dialects.DIALECTS)  # What extending.md adds to.
     kept = [dict(table) for table in tables]
-    jax.config.update("jax_disable_most_optimizations", True)  # What is compiled runs once.
     with few_units(stage2=1):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     for table, usual in zip(tables, kept, strict=True):
         table.clear()
         table.update(usual)

@@ -1,6 +1,7 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import resource
 import shutil
 import signal
@@ -219,6 +220,12 @@ def test_a_workdir_is_a_checkpoint_its_best_one(trained, call, tmp_path):
     (other,) = (row for row in rows if row["step"] != best["step"])
     _, out, _ = call(evaluate.main, "--checkpoint", tmp_path / "run", "--data", "digits")
     assert figures_of(out)["top1"] == round(other["top1"], 2)
+
+
+def test_to_load_a_workdir_in_python_warns_of_nothing(trained, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("absl"), "level", logging.WARNING)  # As it is before any command has run.
+    load_model(trained)
+    assert not caplog.records
 
 
 def state_of(workdir, step):

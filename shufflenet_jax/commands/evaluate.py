@@ -199,8 +199,8 @@ def parse(argv):
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     told = (
-        "tfds:NAME, a folder of images, or digits: see README.md (default, for a published name: ImageNet's validation "
-        "images, expecting the published figures)"
+        "tfds:NAME, a folder of images, or digits: see docs/data.md (default, for a published name: ImageNet's "
+        "validation images, expecting the published figures)"
     )
     parser.add_argument("--data", help=told)
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
