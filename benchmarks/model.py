@@ -2,13 +2,14 @@
 
     python benchmarks/model.py --json model.json --plot model.png
 
-PyTorch is among the project's requirements; `pip install onnx onnxruntime onnxscript openvino` adds the others, and
-what is not installed is left out with a note. Every contender runs in a process of its own, all of them in turn,
-several times; medians and ratios go to stdout as a table. On a GPU: `--dtype bfloat16 --inference 256 1024 --training
-256 1024`.
+PyTorch and ONNX Runtime are among the project's requirements; `pip install openvino` adds the last, and what is not
+installed is left out with a note. ONNX Runtime and OpenVINO run what our own `export` writes. Every contender runs in a
+process of its own, all of them in turn, several times; medians and ratios go to stdout as a table. On a GPU: `--dtype
+bfloat16 --inference 256 1024 --training 256 1024`.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -31,6 +32,7 @@ INFERENCE = {  # contender: the module that it needs
     "torch.compile": "torch",
     "torch.compile, channels last": "torch",
     "ONNX Runtime": "onnxruntime",
+    "ONNX Runtime, int8": "onnxruntime",
     "OpenVINO": "openvino",
 }
 TRAINING = [name for name, module in INFERENCE.items() if module in ("jax", "torch")]
@@ -314,18 +316,24 @@ def torch_step(name, batch, dtype, resolution, width, _):
     return call
 
 
-def onnx_file(resolution, width, folder):
-    """The network as an ONNX file, made once."""
-    import torch
+def onnx_file(resolution, width, folder, *, int8=False):
+    """The network as an ONNX file, made once; the ranges of int8 are those of noise, which take no other time."""
+    import numpy as np
+    import onnx
 
-    path = folder / f"{width}_{resolution}.onnx"
+    from shufflenet_jax.config import TORCHVISION_EVAL
+    from shufflenet_jax.exports import graph, runtime
+
+    path = folder / f"{width}_{resolution}{'_int8' if int8 else ''}.onnx"
     if not path.exists():
-        found = network(width)
-        logits = torch.nn.Module()
-        logits.network, logits.forward = found, lambda images: found(images)[0]
-        shape = ({0: torch.export.Dim("batch")},)
-        example = (torch.randn(2, 3, resolution, resolution),)
-        torch.onnx.export(logits.eval(), example, str(path), dynamic_shapes=shape, dynamo=True, verbose=False)
+        preprocess = dataclasses.replace(TORCHVISION_EVAL, resize=resolution, crop=resolution)
+        common = (*converted(width, "float32", plain=False), preprocess)
+        model, activations = graph.make_model(*common)
+        if int8:
+            noise = np.random.default_rng(1).normal(size=(8, 3, resolution, resolution)).astype("f4")
+            quantization = runtime.calibrate(model, activations, lambda: [noise], runtime.weight_bits())
+            model, _ = graph.make_model(*common, quantization=quantization)
+        onnx.save(model, path)
     return str(path)
 
 
@@ -333,13 +341,10 @@ def onnx_inference(name, batch, dtype, resolution, width, folder):
     import numpy as np
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(onnx_file(resolution, width, folder), providers=["CPUExecutionProvider"])
-    feed = {
-        session.get_inputs()[0].name: np.random.default_rng(0)
-        .normal(size=(batch, 3, resolution, resolution))
-        .astype("f4")
-    }
-    return lambda: session.run(None, feed)
+    path = onnx_file(resolution, width, folder, int8=name.endswith("int8"))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).normal(size=(batch, 3, resolution, resolution)).astype("f4")
+    return lambda: session.run(None, {"images": images})
 
 
 def openvino_inference(name, batch, dtype, resolution, width, folder):

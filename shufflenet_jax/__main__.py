@@ -12,6 +12,7 @@ COMMANDS = {  # name: (module with main(argv), what it does)
     "predict": ("predict", "tell what is in images"),
     "models": ("models", "list the published weights"),
     "info": ("info", "tell what a network costs, stage by stage"),
+    "export": ("export", "write a network for another runtime: StableHLO, ONNX, safetensors, PyTorch"),
     "publish": ("publish", "make a model directory to give away of a checkpoint"),
     "prepare": ("prepare", "turn images or TFRecords into a data set that trains at full speed"),
     "verify": ("verify", "tell what a data set holds, and what in it cannot be read"),

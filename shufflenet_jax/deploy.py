@@ -35,7 +35,7 @@ def deploy(module, variables):
     """(Deployed, its weights) of a ShuffleNetV2 and its variables {"params", "batch_stats"}, on the host."""
     folded = fold(variables)
     if _is_planar(module):
-        folded = _arrange(module, folded)
+        folded = arrange(module, folded)
     stored = jnp.promote_types(module.dtype, jnp.float32)
     return Deployed(module), jax.tree.map(lambda leaf: np.asarray(leaf, stored), {"params": folded})
 
@@ -108,15 +108,16 @@ def _as_slice(indices):
     return slice(int(indices[0]), int(indices[-1]) + 1, step)
 
 
-def _plans(module, params):
-    """(stage, its steps, positions) for each stage."""
+def plans(module, params):
+    """(stage, its steps, positions) for each stage of folded parameters; positions are as `plan` has them."""
     for stage, units in UNITS.items():
         left, right = (params[f"{stage}_unit0"][name]["conv"]["kernel"].shape[-1] for name in ("left_pw", "right_pw2"))
         yield stage, *plan(left + right, left, units, module.layout)
 
 
-def _arrange(module, folded):
-    """Folded parameters with input channels in the order in which `_apply_planar` has them."""
+def arrange(module, folded):
+    """Folded parameters for a network that follows its `plans`: input channels in their order, and no bias behind
+    depthwise convolutions."""
     params = jax.tree.map(np.asarray, folded)
 
     def reorder(layer, order, axis=-2):
@@ -128,7 +129,7 @@ def _arrange(module, folded):
         conv["bias"] = conv["bias"] + unit[depthwise]["conv"].pop("bias") @ conv["kernel"][0, 0]
 
     order = None
-    for stage, steps, positions in list(_plans(module, params)):
+    for stage, steps, positions in list(plans(module, params)):
         first = params[f"{stage}_unit0"]
         skip_bias(first, "left_dw", "left_pw")
         skip_bias(first, "right_dw", "right_pw2")
@@ -153,7 +154,7 @@ def _apply_planar(module, weights, images):
     x = x if module.small_stem else planar.max_pool(x)
     features = {"stem": planar.leave(x)}
 
-    for stage, steps, positions in _plans(module, params):
+    for stage, steps, positions in plans(module, params):
         unit = params[f"{stage}_unit0"]
         left = _layer(_layer(x, unit["left_dw"], stride=2), unit["left_pw"])
         pieces = [left, _right_branch(x, unit, stride=2)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .checkpoint import load_directory
 from .errors import InputError
+from .exports.tensors import read_safetensors
 from .files import cache_dir, hash_of, locked
 from .published import PUBLISHED, file_of
 
@@ -13,7 +14,8 @@ def load_model(checkpoint, *, ema=False, **settings):
 
     Args:
       checkpoint: a model directory, a training workdir (its best checkpoint, else the latest), a published name, whose
-        file is downloaded, or a .pth file; both are converted once and kept in the cache.
+        file is downloaded, or a .pth file; both are converted once and kept in the cache; or a .safetensors file that
+        `export` wrote.
       ema: take the moving averages that a training or an MMPretrain file keeps beside the weights.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:
@@ -27,8 +29,12 @@ def load_model(checkpoint, *, ema=False, **settings):
     if not path.exists():
         raise InputError(
             f"no model at {path}, and none is published under this name; give a model directory, a training workdir, a "
-            f".pth file, or one of {', '.join(PUBLISHED)}"
+            f".pth or .safetensors file, or one of {', '.join(PUBLISHED)}"
         )
+    if path.suffix == ".safetensors" and path.is_file():
+        if ema:
+            raise InputError(f"{path} holds no moving averages; leave --ema out")
+        return read_safetensors(path, **settings)
     if path.is_file():
         return load_directory(_converted(path, ema), **settings)
     return load_directory(path, ema=ema, **settings)

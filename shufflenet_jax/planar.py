@@ -124,7 +124,8 @@ def _stem(x, kernel, stride):
 
     With many images, gathering the 27 views for a matrix product would take longer than all of these together.
     """
-    if x.shape[-1] >= FEW:
+    # A number that an export leaves open is no int, and counts as many.
+    if not isinstance(x.shape[-1], int) or x.shape[-1] >= FEW:
         return _sum_of_views(x, kernel, stride)
     views = jnp.concatenate([tap for _, _, tap in _taps(_pad(x), stride, x.shape)])  # (9 I, H', W', N)
     return _product(kernel.reshape(len(views), -1), views)

@@ -1,7 +1,6 @@
 """`convert/to_torch.py`: a model directory becomes a PyTorch checkpoint in any dialect of its wiring."""
 
-import torch
-
+from ..checkpoint import load_directory
 from ..cli import CommandLine
 from ..files import written_aside
 from ..porting import convert
@@ -18,7 +17,7 @@ def main(argv):
     options = parser.parse_args(argv)
 
     with written_aside(options.out) as draft:
-        tensors = convert.back_to_torch(options.dir, options.dialect)
-        torch.save({"meta": {}, "state_dict": tensors} if options.dialect == "mmpretrain" else tensors, draft)
+        tensors = convert.back_to_torch(*load_directory(options.dir), options.dialect)
+        convert.save_torch(tensors, options.dialect, draft)
     print(f"wrote {options.out}: {len(tensors)} tensors")
     return 0

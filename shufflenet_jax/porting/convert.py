@@ -173,24 +173,28 @@ def _label_names(num_classes, named):
     return named if named and len(named) == num_classes else None
 
 
-def back_to_torch(directory, dialect):
-    """{key: tensor} of a model directory in a dialect: what was converted comes back bit for bit.
+def back_to_torch(module, variables, info, dialect):
+    """{key: tensor} of a network in a dialect: what was converted comes back bit for bit.
 
     Raises:
       InputError: the network is wired in another way than the dialect's.
     """
-    module, variables, info = checkpoint.load_directory(directory)
     rules = dialects.DIALECTS[dialect]
     if module.small_stem or module.in_chans != 3:
-        raise InputError(f"{directory} has a stem of its own, which {dialect}'s code does not know; it stays in JAX")
+        raise InputError(f"the network has a stem of its own, which {dialect}'s code does not know; it stays in JAX")
     if rules.layout != module.layout:
+        fitting = ", ".join(name for name, other in dialects.DIALECTS.items() if other.layout == module.layout)
         raise InputError(
-            f"{directory} is wired like {module.layout}, {dialect} files like {rules.layout}: "
-            "no renaming turns one into the other; choose another --dialect"
+            f"the network is wired like {module.layout}, {dialect} files like {rules.layout}: "
+            f"no renaming turns one into the other; choose one of {fitting}"
         )
-    counts = info.source.get("batches_tracked", {})
-    tensors = dialects.to_torch(variables, rules, counts)
+    tensors = dialects.to_torch(variables, rules, info.source.get("batches_tracked", {}))
     return {key: torch.from_numpy(array) for key, array in tensors.items()}
+
+
+def save_torch(tensors, dialect, path):
+    """Writes a state dict as the dialect's project does."""
+    torch.save({"meta": {}, "state_dict": tensors} if dialect == "mmpretrain" else tensors, path)
 
 
 class Row(NamedTuple):

@@ -1,0 +1,46 @@
+"""Real weights in every format: what all real images give in the runtime that people will use."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
+WEIGHTS = SHARED / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
+COUNTS = {"imagenet-val227": (466, 592), "imagenet-original": (161, 189)}
+
+pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real images and weights at {SHARED}")
+
+
+def exported(tmp_path, data, *argv):
+    """What `export` prints of the largest difference and its share, and of the (top-1, top-5) correct of both."""
+    command = [sys.executable, "-m", "shufflenet_jax", "export", WEIGHTS, "--data", SHARED / data, *argv]
+    command += ["--out", tmp_path / "net"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"largest difference (\S+), (\S+) of", done.stdout.splitlines()[-1])[0]
+    counts = re.findall(r"(\d+) top-1, (\d+) top-5 correct", done.stdout)
+    print(done.stdout)
+    return *map(float, found), [tuple(map(int, count)) for count in counts]
+
+
+@pytest.mark.parametrize("data", COUNTS)
+@pytest.mark.parametrize("form", ["onnx", "stablehlo", "safetensors", "torchvision", "mmpretrain"])
+def test_every_format_counts_all_images_as_we_do(form, data, tmp_path):
+    preprocessing = ["--with-preprocessing"] if form in ("onnx", "stablehlo") else []
+    difference, share, counts = exported(tmp_path, data, "--format", form, *preprocessing)
+    # The largest logit is 31; float32 rounds 6e-8 of it an operation.
+    assert counts == [COUNTS[data]] * 2 and difference < 1e-4 and share < 3e-6
+
+
+@pytest.mark.parametrize("bits, least", [(8, 457), (7, 457)])
+def test_8_bits_keep_the_accuracy(bits, least, tmp_path):
+    calibration = SHARED / "imagenet-original"
+    options = ("--format", "onnx", "--int8", calibration, "--weight-bits", bits)
+    *_, counts = exported(tmp_path, "imagenet-val227", *options)
+    # 466 in float32; the same ranges give other counts by a few images on other CPUs, which round otherwise.
+    assert counts[-1][0] >= least, counts

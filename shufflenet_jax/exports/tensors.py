@@ -1,0 +1,81 @@
+"""A trained network's weights alone: safetensors under our own names, PyTorch files under those of its projects."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..checkpoint import module_of
+from ..config import ModelInfo
+from ..errors import InputError
+from ..model import variable_shapes
+from .comparison import nchw, nhwc
+
+
+def metadata_of(info):
+    """What model.json holds as {field: JSON text}, for formats that keep text beside the weights."""
+    return {name: json.dumps(value) for name, value in json.loads(info.to_json()).items()}
+
+
+def save_safetensors(path, model):
+    """Writes a Model's variables, `params/stage2_unit0/right_dw/conv/kernel` and so on, with what model.json holds."""
+    from safetensors.numpy import save
+
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(model.variables, sep="/").items()}
+    Path(path).write_bytes(save(flat, {"format": "flax", **metadata_of(model.info)}))
+
+
+def read_safetensors(path, **settings):
+    """(module, variables, ModelInfo) of a file that `save_safetensors` wrote: see `loading.load_model`.
+
+    Raises:
+      InputError: the file is damaged, or another one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            described = file.metadata() or {}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        fields = {name: json.loads(text) for name, text in described.items() if name != "format"}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file of ours: {error}; export it again") from error
+    try:
+        info = ModelInfo.from_json(json.dumps(fields))
+    except InputError as error:
+        raise InputError(f"{path} does not describe its network as our exports do; give a .pth file") from error
+    module = module_of(info, **settings)
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(variable_shapes(module), sep="/").items()}
+    if {name: array.shape for name, array in flat.items()} != shapes:
+        raise InputError(f"{path} holds other tensors than the network that it describes; export it again")
+    return module, unflatten_dict(flat, sep="/"), info
+
+
+def save_torch(path, model, dialect):
+    """Writes a Model as a PyTorch file of a dialect."""
+    from ..porting import convert  # PyTorch takes a second.
+
+    convert.save_torch(convert.back_to_torch(model.module, model.variables, model.info, dialect), dialect, path)
+
+
+def load_torch(path, model, dialect):
+    """A function of normalised images (B, H, W, C) that runs a PyTorch file in the network of its dialect.
+
+    The tensors must have the names that the network gives them, all of them and no others.
+    """
+    import torch
+
+    from ..porting import reference
+
+    content, module = torch.load(path, weights_only=True), model.module
+    network = reference.NETWORKS[dialect](module.width, module.num_classes, conv5=module.conv5)
+    network.load_state_dict(content.get("state_dict", content))
+    network.eval()
+
+    def run(images):
+        with torch.inference_mode():
+            logits, features = network(torch.from_numpy(nchw(images)))
+        return logits, {name: nhwc(feature.numpy()) for name, feature in features.items()}
+
+    return run
