@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
 WEIGHTS = SHARED / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
 COUNTS = {"imagenet-val227": (466, 592), "imagenet-original": (161, 189)}
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real images and weights at {SHARED}")
@@ -28,8 +29,10 @@ def exported(tmp_path, data, *argv):
     return *map(float, found), [tuple(map(int, count)) for count in counts]
 
 
-@pytest.mark.parametrize("data", COUNTS)
-@pytest.mark.parametrize("form", ["onnx", "stablehlo", "safetensors", "torchvision", "mmpretrain"])
+CASES = [(form, data) for data in COUNTS for form in ("stablehlo", "onnx", "safetensors", "torchvision", "mmpretrain")]
+
+
+@pytest.mark.parametrize(("form", "data"), CASES[: max(1, round(len(CASES) * SHARE))])
 def test_every_format_counts_all_images_as_we_do(form, data, tmp_path):
     preprocessing = ["--with-preprocessing"] if form in ("onnx", "stablehlo") else []
     difference, share, counts = exported(tmp_path, data, "--format", form, *preprocessing)
@@ -37,10 +40,10 @@ def test_every_format_counts_all_images_as_we_do(form, data, tmp_path):
     assert counts == [COUNTS[data]] * 2 and difference < 1e-4 and share < 3e-6
 
 
-@pytest.mark.parametrize("bits, least", [(8, 457), (7, 457)])
-def test_8_bits_keep_the_accuracy(bits, least, tmp_path):
+@pytest.mark.parametrize("bits", [8, 7][: max(1, round(2 * SHARE))])
+def test_8_bits_keep_the_accuracy(bits, tmp_path):
     calibration = SHARED / "imagenet-original"
     options = ("--format", "onnx", "--int8", calibration, "--weight-bits", bits)
     *_, counts = exported(tmp_path, "imagenet-val227", *options)
     # 466 in float32; the same ranges give other counts by a few images on other CPUs, which round otherwise.
-    assert counts[-1][0] >= least, counts
+    assert counts[-1][0] >= 457, counts
