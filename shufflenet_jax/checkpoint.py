@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from . import parallel
 from .config import ModelInfo
 from .errors import InputError
-from .files import written_aside
+from .files import path_of, read_file, written_aside
 from .model import ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
@@ -54,7 +54,7 @@ def _by_itself():
 
 def require_free(directory, *, overwrite):
     """Raises InputError if a model directory cannot be put there."""
-    directory = Path(directory)
+    directory = path_of(directory)
     only_a_model = directory.is_dir() and {path.name for path in directory.iterdir()} == {INFO, VARIABLES}
     if directory.exists() and not (overwrite and only_a_model):
         advice = "choose another --out" if overwrite else "choose another --out, or add --overwrite to replace a model"
@@ -63,7 +63,7 @@ def require_free(directory, *, overwrite):
 
 def load_directory(directory, *, ema=False, **settings):
     """(module, variables, ModelInfo) of a model directory or a training workdir: see `loading.load_model`."""
-    directory = Path(directory).absolute()
+    directory = path_of(directory).absolute()
     info = read_info(directory)
     module = module_of(info, **settings)
     if not (directory / VARIABLES).is_dir():
@@ -76,7 +76,7 @@ def load_directory(directory, *, ema=False, **settings):
 def read_info(directory):
     """The ModelInfo of a model directory or a training workdir."""
     try:
-        return ModelInfo.from_json((directory / INFO).read_text(encoding="utf-8"))
+        return ModelInfo.from_json(read_file(directory / INFO).decode())
     except FileNotFoundError as error:
         raise InputError(
             f"no model at {directory}: it has no {INFO}; give a model directory, a training workdir or a .pth file"
@@ -89,6 +89,8 @@ def read_info(directory):
 
 def _restore(path, shapes):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
+    if odd := next((found for found in path.rglob("*") if not (found.is_file() or found.is_dir())), None):
+        raise InputError(f"the checkpoint {path} is damaged: {odd.name} is neither a file nor a folder")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_itself())

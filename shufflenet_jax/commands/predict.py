@@ -5,14 +5,14 @@ import os
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ..cli import CommandLine, positive_integer, progress, tell, usable_cores
+from ..cli import CommandLine, libraries_silent, positive_integer, progress, tell, usable_cores
 from ..data.sources import IMAGE_SUFFIXES
 from ..errors import InputError
 from ..files import printable, written_aside
@@ -123,7 +123,7 @@ def predictions(model, names, layer=None):
     with ThreadPoolExecutor(usable_cores()) as readers:
         for first in range(0, len(names), size):
             part = names[first : first + size]
-            with stderr_silent():
+            with libraries_silent():
                 read = list(readers.map(partial(read_crop, model), part))
             crops = [crop for crop in read if not isinstance(crop, InputError)]
             if crops:
@@ -136,19 +136,6 @@ def predictions(model, names, layer=None):
                 else:
                     i = next(row)
                     yield name, crop, *(None if values is None else values[i] for values in seen)
-
-
-@contextmanager
-def stderr_silent():
-    """Lets no library print on stderr: those in C complain of images which they decode all the same."""
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def read_crop(model, name):

@@ -12,7 +12,7 @@ from ..accounting import count, total
 from ..checkpoint import module_of, save_model
 from ..cli import CommandLine
 from ..errors import InputError
-from ..files import written_aside
+from ..files import path_of, written_aside
 from ..loading import load_model
 
 DESCRIPTION = (
@@ -37,7 +37,7 @@ def main(argv):
     _, variables, info = load_model(options.checkpoint, ema=options.ema)
     info = dataclasses.replace(info, source=without_places(info.source))
     digest = hash_of(variables)
-    target = options.out.expanduser() / f"{options.name}-{digest[:8]}"
+    target = path_of(options.out / f"{options.name}-{digest[:8]}")
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out or --name")
     with written_aside(target, folder=True) as draft:

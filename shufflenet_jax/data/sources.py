@@ -1,5 +1,6 @@
 """Labelled images by position: TFDS data sets, class folders, MMPretrain's lists, the digits inside scikit-learn."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InputError
+from ..files import path_of, read_file
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 EVAL_SPLITS = ("val", "validation", "test")
@@ -54,7 +56,7 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
     elif str(data).startswith("tfds:"):
         source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes)
     else:
-        source = _open_folder(Path(data).expanduser(), split, classes)
+        source = _open_folder(path_of(data), split, classes)
     # A list names no classes: its largest label only bounds how many there are.
     exact = source.classes is not None
     if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
@@ -71,7 +73,7 @@ def _open_tfds(name, split, data_dir, classes):
     import tensorflow_datasets as tfds  # Costs half a second to import.
     from tensorflow_datasets.proto import tf_example_pb2
 
-    builder = tfds.builder_from_directory(tfds_directory(name, data_dir))
+    builder = open_tfds(tfds_directory(name, data_dir))
     info = builder.info
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
@@ -108,11 +110,24 @@ def _open_tfds(name, split, data_dir, classes):
     return Source(len(records), read, len(classes), classes if labels.names else None)
 
 
+def open_tfds(folder):
+    """TFDS's builder of a data set's folder. Raises InputError if it is none, or a damaged one."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS and protobuf raise a dozen kinds for damaged descriptions.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{folder} is no TFDS data set, or a damaged one ({reason}); prepare it again") from error
+
+
 def tfds_directory(name, data_dir=None):
     """The folder of the newest version of a TFDS data set. Raises InputError where there is none."""
     from tensorflow_datasets.core import constants, utils
 
-    root = Path(data_dir or constants.DATA_DIR).expanduser() / name
+    if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
+        raise InputError(f"{name!r} is no name of a data set; give tfds: and one like imagenet2012")
+    root = path_of(Path(data_dir or constants.DATA_DIR) / name)
     versions = [path.parent for path in root.glob("**/dataset_info.json") if utils.Version.is_valid(path.parent.name)]
     if not versions:
         raise InputError(
@@ -144,6 +159,7 @@ def _open_digits(split):
 def _open_folder(root, split, classes):
     if not root.is_dir():
         raise InputError(f"no data at {root}; give 'digits' or a folder of images")
+    path_of(root / (split or ""))
     split = _choose_split(
         split, str(root), lambda name: (root / name).is_dir() or (root / "meta" / f"{name}.txt").is_file()
     )
@@ -176,7 +192,7 @@ def _rank(present, classes, what):
 def _open_list(listing, folder):
     """MMPretrain's form: a line `file label` for each image below the split's folder."""
     names, labels = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_read_file(listing).decode(errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
@@ -216,6 +232,6 @@ def _open_classes(folder, classes):
 
 def _read_file(path):
     try:
-        return path.read_bytes()
+        return read_file(path_of(path))
     except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -17,6 +17,7 @@ from ..errors import InputError
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 JPEG = b"\xff\xd8"  # How such a file begins.
+MOST_PIXELS = 178_956_970  # Beyond which Pillow refuses an image.
 EXIF = b"Exif\0\0"
 # What the decoders raise.
 DAMAGE = (
@@ -126,6 +127,8 @@ def _require_whole(data):
         elif marker == 0xE1 and data.startswith(EXIF, position + 4):
             orientation = _orientation(data[position + 4 : position + 2 + _length(data, position)])
         position += 2 + _length(data, position)
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"{size[1]} x {size[0]} pixels are too many")
     # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
     if data.rfind(b"\xff\xd9") < position:
         raise ValueError("the file is truncated")

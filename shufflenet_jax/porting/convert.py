@@ -6,7 +6,6 @@ Files: legacy and zip, MMPretrain 0.x and 1.x, torchvision, Megvii, ericsun99.
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from ..config import ModelInfo
 from ..data import transforms
 from ..data.labels import imagenet_classes
 from ..errors import InputError
-from ..files import hash_of
+from ..files import hash_of, path_of
 from ..model import FEATURES
 from . import dialects, reference
 
@@ -73,7 +72,7 @@ def read(path, *, ema=False):
     Raises:
       InputError: the file is missing, damaged, no checkpoint, or would have to run code.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     sha256 = hash_of(path)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings():
