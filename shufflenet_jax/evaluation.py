@@ -92,7 +92,8 @@ def read_predictions(path, keys=("name", "label", "logits")):
         raise InputError(f"{path} holds no predictions of eval.py: {error}") from error
     label, logits = found["label"], found["logits"]
     if not (
-        logits.ndim == 2
+        all(isinstance(array, np.ndarray) for array in found.values())
+        and logits.ndim == 2
         and 0 not in logits.shape
         and all(array.shape == logits.shape[:1] for key, array in found.items() if key != "logits")
         and np.issubdtype(label.dtype, np.integer)

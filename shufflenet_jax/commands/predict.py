@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,14 +16,13 @@ from ..data.sources import IMAGE_SUFFIXES
 from ..errors import InputError
 from ..files import printable, written_aside
 from ..inference import class_activation_map, get_model
-from ..published import CARD, UNREACHED, reason_of
+from ..published import CARD, UNREACHED, fetch, reason_of
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 LAYERS = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
 SUFFIXES = IMAGE_SUFFIXES | {".gif"}  # Training on folders follows torchvision, which leaves these out.
 BATCH = 16
 MOST_DRAWN = 24
-LARGEST_DOWNLOAD = 100_000_000  # Bytes.
 SILENT_SECONDS = 30
 
 
@@ -152,15 +150,9 @@ def read_crop(model, name):
 def fetched(address):
     """The bytes at an http(s) address."""
     try:
-        # Some servers refuse urllib's own name.
-        request = urllib.request.Request(address, headers={"User-Agent": "shufflenet-jax"})
-        with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
-            content = answer.read(LARGEST_DOWNLOAD + 1)
+        return fetch(address, seconds=SILENT_SECONDS)
     except UNREACHED as error:
         raise InputError(f"image {address} cannot be fetched: {reason_of(error)}; check the address") from error
-    if len(content) > LARGEST_DOWNLOAD:
-        raise InputError(f"image {address} has more than {LARGEST_DOWNLOAD:,} bytes; fetch it yourself")
-    return content
 
 
 def describe(model, name, logits, topk):
