@@ -111,6 +111,7 @@ class ModelInfo:
     dropout: float = 0.0
     source: dict = field(default_factory=dict)  # File name, sha256 and dialect, or the training configuration.
     metrics: dict | None = None
+    sha256: str | None = None  # Of the variables that lie beside it.
 
     def __post_init__(self):
         _require_types("model.json", self)

@@ -99,6 +99,7 @@ def read_predictions(path, keys=("name", "label", "logits")):
         and np.issubdtype(label.dtype, np.integer)
         and np.issubdtype(logits.dtype, np.floating)
         and np.isfinite(logits).all()
+        and np.issubdtype(found.get("name", np.array("")).dtype, np.str_)
         and label.min() >= 0
         and label.max() < logits.shape[1]
     ):

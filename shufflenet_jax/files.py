@@ -61,7 +61,7 @@ def written_aside(target, *, folder=False):
     target = path_of(target).absolute()
     if target.is_dir() and not folder:
         raise InputError(f"{target} is a folder; name a file")
-    if target.exists() and not (target.is_file() or target.is_dir()):
+    if os.path.lexists(target) and not (target.is_file() or target.is_dir()):  # A device, or a link to nowhere.
         raise InputError(f"{target} is neither a file nor a folder; choose another place")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

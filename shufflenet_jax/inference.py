@@ -22,8 +22,6 @@ from .model import ShuffleNetV2, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
 
-LONGEST = 100  # Times the short side: what is cut from the middle of a longer image shows next to nothing.
-
 
 class Model:
     """A network that predicts.
@@ -58,14 +56,7 @@ class Model:
           InputError: it is no image.
         """
         content, called = _content(image)
-        name = name or called
-        pixels = transforms.pixels_of(content, self.info.preprocess, name)
-        height, width = pixels.shape[:2]
-        if max(height, width) > LONGEST * min(height, width):
-            raise InputError(
-                f"image {name} has {width} x {height} pixels, which is too narrow to tell anything; cut a part out"
-            )
-        return transforms.prepare(pixels, self.info.preprocess)[None]
+        return transforms.prepare(content, self.info.preprocess, name or called)[None]
 
     def class_name(self, label: int) -> str:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""

@@ -28,7 +28,10 @@ class MetricsLog:
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if not last_step:
             shutil.rmtree(workdir / EVENTS, ignore_errors=True)
-        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
+        try:
+            self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
+        except OSError as error:
+            raise InputError(f"{workdir / EVENTS} cannot be written: {error.strerror}; remove it") from error
 
     def __enter__(self):
         return self

@@ -112,7 +112,7 @@ def read_contents(source):
             tars = [source / f"ILSVRC2012_img_{part}.tar" for part in ("train", "val")]
             tars = [path for path in tars if path.is_file()]
             contents = _read_tars(tars) if tars else _read_tree(_folder_files(source))
-        elif zipfile.is_zipfile(source):
+        elif source.is_file() and zipfile.is_zipfile(source):
             contents = _read_tree(_zip_files(source))
         elif source.is_file() and tarfile.is_tarfile(source):
             contents = _read_tars([source])
@@ -150,7 +150,7 @@ def _read_tree(files):
         if not re.fullmatch(r"\w+", split):
             raise InputError(f"{split!r} is no name for a split; use letters, digits and _")
     for name in {parts[1] for parts, _ in files}:
-        if not name.isprintable():
+        if not name.isprintable() or name.strip() in ("", ".", ".."):
             raise InputError(f"{name!r} is no name for a class; use characters that can be printed")
     classes = tuple(sorted({parts[1] for parts, _ in files}))
     rank = {name: label for label, name in enumerate(classes)}
@@ -444,6 +444,9 @@ def write(plan, *, processes=None, on_done=lambda report: None):
     for split, jobs in plan.splits.items():
         write_shards(jobs, processes or usable_cores(), on_done)
         reports[split] = [json.loads(_note(job.target).read_text(encoding="utf-8")) for job in jobs]
+    empty = [split for split, found in reports.items() if not any(report["examples"] for report in found)]
+    if empty:
+        raise InputError(f"no image of split {empty[0]} can be read; the source is damaged")
     _describe(plan, reports)
     shutil.rmtree(plan.draft / "notes")
     (plan.draft / "settings.json").unlink()

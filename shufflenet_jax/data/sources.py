@@ -81,11 +81,15 @@ def _open_tfds(name, split, data_dir, classes):
             f"once: python -m shufflenet_jax prepare --source {builder.data_path} --name {name} --out DIR "
             "and give --data-dir DIR"
         )
-    if not {"image", "label"} <= set(info.features):
-        raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label")
+    if "image" not in info.features or not isinstance(info.features.get("label"), tfds.features.ClassLabel):
+        raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label of a class")
     split = _choose_split(split, f"the data set {name}", set(info.splits).__contains__)
     # TFDS's own parsing makes an array of every feature, which takes as long as half the decoding of an image.
-    records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
+    try:
+        records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
+        size = len(records)
+    except Exception as error:  # ArrayRecord and TFDS raise several kinds for missing, cut and empty shards.
+        raise InputError(f"split {split} of the data set {name} is damaged or empty; prepare it again") from error
     labels = info.features["label"]
     own = tuple(labels.names or map(str, range(labels.num_classes)))
     # Without names of its own, the data's numbers are the labels.
@@ -107,7 +111,7 @@ def _open_tfds(name, split, data_dir, classes):
             raise InputError(f"record {index} of {name}, split {split}, has no label ({label}); choose another split")
         return Example(called, image, rank[own[label]] if labels.names else label)
 
-    return Source(len(records), read, len(classes), classes if labels.names else None)
+    return Source(size, read, len(classes), classes if labels.names else None)
 
 
 def open_tfds(folder):

@@ -91,7 +91,9 @@ def read(path, *, ema=False):
     try:
         arrays = {key: _numpy(value) for key, value in tensors.items()}
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise InputError(f"checkpoint {path} holds sparse, quantised or empty tensors; store plain ones") from error
+        raise InputError(
+            f"checkpoint {path} holds sparse, quantised, expanded or empty tensors; store plain ones"
+        ) from error
     return TorchFile(arrays, _classes(meta), path.name, sha256)
 
 
@@ -119,8 +121,10 @@ def _classes(meta):
 
 
 def _numpy(tensor):
-    """Half types widened, which loses nothing."""
+    """Half types widened, which loses nothing. Raises TypeError where a few stored numbers stand for many."""
     tensor = tensor.detach()
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise TypeError("expanded")
     return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
 
 

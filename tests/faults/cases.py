@@ -293,9 +293,9 @@ def images_predicted(scene):
     right = predicted if options == ["--json"] else lambda answer, again: []
     # The picture of those that can be read is kept beside the errors of the others.
     changing = (r"picture\.png",) if count > 1 else ()
-    return scene.case(
-        "predict", *paths, "--checkpoint", model, *options, images=count, right=right, may_change=changing
-    )
+    lines = count + ("--save-picture" in options)  # It also tells that nothing is left to draw.
+    words = ("predict", *paths, "--checkpoint", model, *options)
+    return scene.case(*words, images=lines, right=right, may_change=changing)
 
 
 def prepare(scene):
@@ -390,8 +390,7 @@ def overrides(scene):
             value = scene.rng.choice(("0", "1", "2", "100", "0.5", "constant", "cosine", "bfloat16", "tfds:pets"))
         words += [f"--{name}"] if scene.rng.random() < 0.05 else [f"--{name}", value]
         scene.say(f"{name} is {value[:30]!r}")
-    words += ["--print-schedule"] if scene.rng.random() < 0.9 else []
-    return scene.case(*words, talks=True, may_change=("run.*",))
+    return scene.case(*words, "--print-schedule", talks=True, may_change=("run.*",))
 
 
 def resume(scene):
@@ -504,6 +503,9 @@ def names(scene):
             ("plot", word),
             ("train", *TRAINING, "--data", word if word != "digits" else "x", "--workdir", scene.out / "run"),
             ("train", "--config", word, "--workdir", scene.out / "run"),
+            ("train", *TRAINING, "--teacher", word, "--workdir", scene.out / "run"),
+            ("train", *TRAINING, "--init-from", word, "--workdir", scene.out / "run"),
+            ("train", *TRAINING, "--class-weights", word, "--workdir", scene.out / "run"),
             ("info", "--resolution", word),
             (word,),
         )

@@ -334,7 +334,7 @@ def odd_image(rng):
         "tiff": lambda: saved(picture, "TIFF"),
         "bmp": lambda: saved(picture, "BMP"),
         "bomb of 50,000 x 50,000": lambda: png_of(50_000, 50_000),
-        "bomb of 13,000 x 13,000": lambda: png_of(13_000, 13_000),
+        "bomb of 10,000 x 10,000": lambda: png_of(10_000, 10_000),
         "vast PNG of nothing": lambda: png_of(2**31 - 1, 2**31 - 1, rows=1),
         "no pixels": lambda: png_of(0, 0, rows=0),
         "vast JPEG": lambda: resized_jpeg(saved(picture, "JPEG"), rng.choice((65535, 30000, 20000)), 65500),
@@ -468,7 +468,7 @@ def bomb_of(name, size):
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-        archive.open(name, "w") as file,
+        archive.open(name, "w", force_zip64=True) as file,
     ):
         for _ in range(size // 10**7):
             file.write(bytes(10**7))
