@@ -81,7 +81,8 @@ def _open_tfds(name, split, data_dir, classes):
             f"once: python -m shufflenet_jax prepare --source {builder.data_path} --name {name} --out DIR "
             "and give --data-dir DIR"
         )
-    if "image" not in info.features or not isinstance(info.features.get("label"), tfds.features.ClassLabel):
+    labelled = "label" in info.features and isinstance(info.features["label"], tfds.features.ClassLabel)
+    if "image" not in info.features or not labelled:
         raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label of a class")
     split = _choose_split(split, f"the data set {name}", set(info.splits).__contains__)
     # TFDS's own parsing makes an array of every feature, which takes as long as half the decoding of an image.
