@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from . import parallel
 from .config import ModelInfo
 from .errors import InputError
-from .files import path_of, read_file, written_aside
+from .files import path_of, read_file, require_plain, written_aside
 from .model import ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
@@ -104,8 +104,7 @@ def read_info(directory):
 
 def _restore(path, shapes):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
-    if odd := next((found for found in path.rglob("*") if not (found.is_file() or found.is_dir())), None):
-        raise InputError(f"the checkpoint {path} is damaged: {odd.name} is neither a file nor a folder")
+    require_plain(path)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_itself())

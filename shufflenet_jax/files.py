@@ -51,6 +51,13 @@ def open_file(path):
     return open(path, "rb")
 
 
+def require_plain(folder):
+    """Raises InputError where a folder that libraries read holds a pipe, a device or a broken link."""
+    for path in folder.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"{folder} is damaged: {path.relative_to(folder)} is neither a file nor a folder")
+
+
 @contextlib.contextmanager
 def written_aside(target, *, folder=False):
     """A path in a new folder beside `target`: what the block leaves there takes the target's place at its end.

@@ -36,7 +36,8 @@ def main(argv):
         found = survey(source, on_done=bar.update)
     report(found, source)
     if options.preview and len(found.unreadable) < found.images:
-        preview(source, options)
+        with libraries_silent():
+            preview(source, options)
         print(f"preview: {options.preview}")
     print(json.dumps(summary(found)))
     return 1 if found.unreadable else 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from ..files import path_of, read_file
+from ..files import path_of, read_file, require_plain
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 EVAL_SPLITS = ("val", "validation", "test")
@@ -119,6 +119,7 @@ def open_tfds(folder):
     """TFDS's builder of a data set's folder. Raises InputError if it is none, or a damaged one."""
     import tensorflow_datasets as tfds
 
+    require_plain(folder)
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS and protobuf raise a dozen kinds for damaged descriptions.
