@@ -9,7 +9,33 @@ from faults.cases import KINDS, Case
 
 SEED = 2026
 TRAINS = ("resume", "training files")  # Left to the proof: a network would have to be trained first.
-FAILED = {}
+FAILED = {  # what was wrong: (index, kind)
+    "model.json: 2 vast": (29, "model used"),
+    "dataset_info.json bytes appended": (46, "data used"),
+    "line 2: epoch is '1e+308'": (106, "plot"),
+    "10.jpg bytes doubled": (145, "data used"),
+    "line 11: epoch missing": (159, "plot"),
+    "0.jpg is a link to /dev/zero": (168, "images predicted"),
+    "line 0: epoch vast": (170, "plot"),
+    "to be written to '/x/x/x/x/x/x/x/x/x/x/x/x/x/x/x/x/x/x/x/x'": (176, "bad places"),
+    "zip: name 'C:/train/kind0/0.jpg'": (179, "prepare"),
+    "to be written to '~nobody-at-all/x'": (244, "bad places"),
+    "npz: label vast shape": (291, "compare"),
+    "npz: name no array": (358, "compare"),
+    "zip: halves exchanged": (362, "prepare"),
+    "zip: method": (366, "prepare"),
+    "a part zeroed in part": (370, "convert back"),
+    "mmpretrain, legacy; net.pth is a pipe": (418, "convert"),
+    "zip: lying": (448, "prepare"),
+    "_METADATA is a pipe": (497, "convert back"),
+    "to be written to '/loop'": (596, "bad places"),
+    "megvii-stages, zip; tensors: vast classifier": (718, "convert"),
+    "tar: halves exchanged": (776, "prepare"),
+    "npz: name records": (1038, "compare"),
+    "0.png: image: a line": (1093, "data used"),
+    "zip: name 'train//0.jpg'": (1172, "prepare"),
+    "dataset_info.json is a pipe": (2505, "data used"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,7 +69,8 @@ class Scene:
         self.told.append(words)
 
     def case(self, *argv, **settings):
-        return Case([str(word) for word in argv], "; ".join(self.told), **settings)
+        told = re.sub(r"\b[0-9a-f]{32}\b", "a part", "; ".join(self.told))  # Orbax's names are random.
+        return Case([str(word) for word in argv], told, **settings)
 
 
 def kind_of(seed, index):
@@ -455,7 +457,7 @@ def bad_places(scene):
             place / "pipe",
         )
     )
-    scene.say(f"to be written to {str(bad)[-40:]!r}")
+    scene.say(f"to be written to {str(bad).removeprefix(str(place))[:40]!r}")
     model, images = scene.originals.model(), scene.originals.images()
     argv = scene.rng.choice(
         (
