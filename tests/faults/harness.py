@@ -178,7 +178,7 @@ def faults_of(case, answer, before, after):
         faults.append(f"status {answer.status}: {answer.stderr[-3000:]}")
     elif answer.status == 2 and not 1 <= len(errors) <= case.images:
         faults.append(f"{len(errors)} error lines: {answer.stderr[-1000:]}")
-    if answer.status in (0, 1) and errors:
+    elif answer.status != 2 and errors:
         faults.append(f"an error, but status {answer.status}: {errors}")
     elif others and not case.talks:
         faults.append(f"other words on stderr: {others[:3]}")
