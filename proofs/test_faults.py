@@ -9,6 +9,8 @@ from shufflenet_jax.cli import usable_cores
 
 SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
 SEED = int(os.environ.get("SEED", "2026"))
+# What is damaged on purpose is warned of here; the commands run in processes of their own.
+pytestmark = pytest.mark.filterwarnings("default")
 CASES, PROCESSES = max(1, round(2000 * SHARE)), max(1, round(50 * SHARE))
 
 

@@ -8,6 +8,8 @@ import pytest
 from faults import harness
 from faults.cases import KINDS, Case
 
+# What is damaged on purpose is warned of here; the commands run in processes of their own.
+pytestmark = pytest.mark.filterwarnings("default")
 SEED = 2026
 TRAINS = ("resume", "training files")  # Left to the proof: a network would have to be trained first.
 FAILED = {  # what was wrong: (index, kind)
