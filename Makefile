@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test prove lint clean
+.PHONY: demo test prove lint audit clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo.stamp: requirements.txt
@@ -35,6 +35,13 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Whether advisories are known of what is installed; asks a service for them, and fails where it cannot.
+audit: $(VENV)/test.stamp
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(BIN)/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/audit/installed.txt
 
 clean:
 	rm -rf $(VENV) .cache runs

@@ -5,6 +5,8 @@ with the variables and, beside them, what the optimiser needs to go on and, wher
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from . import parallel
 from .config import ModelInfo
 from .errors import InputError
-from .files import written_aside
+from .files import path_of, read_file, require_plain, written_aside
 from .model import ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
@@ -39,9 +41,19 @@ def save_model(directory, info, variables, *, overwrite=False):
     require_free(directory, overwrite=overwrite)
     with written_aside(directory, folder=True) as draft:
         draft.mkdir()
+        info = dataclasses.replace(info, sha256=hash_of_variables(variables))
         (draft / INFO).write_text(info.to_json(), encoding="utf-8")
         with ocp.StandardCheckpointer(multiprocessing_options=_by_itself()) as checkpointer:
             checkpointer.save(draft / VARIABLES, jax.tree.map(np.asarray, variables))
+
+
+def hash_of_variables(variables):
+    """The sha256 of a network's variables: names, types, shapes and values, in the order of their names."""
+    found = hashlib.sha256()
+    for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree.leaves_with_path(variables)):
+        found.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def _by_itself():
@@ -55,7 +67,7 @@ def _by_itself():
 
 def require_free(directory, *, overwrite):
     """Raises InputError if a model directory cannot be put there."""
-    directory = Path(directory)
+    directory = path_of(directory)
     only_a_model = directory.is_dir() and {path.name for path in directory.iterdir()} == {INFO, VARIABLES}
     if directory.exists() and not (overwrite and only_a_model):
         advice = "choose another --out" if overwrite else "choose another --out, or add --overwrite to replace a model"
@@ -64,20 +76,23 @@ def require_free(directory, *, overwrite):
 
 def load_directory(directory, *, ema=False, **settings):
     """(module, variables, ModelInfo) of a model directory or a training workdir: see `loading.load_model`."""
-    directory = Path(directory).absolute()
+    directory = path_of(directory).absolute()
     info = read_info(directory)
     module = module_of(info, **settings)
     if not (directory / VARIABLES).is_dir():
         directory = _best_or_latest(directory)
     if ema and not (directory / EMA).is_dir():
         raise InputError(f"{directory} holds no moving averages; leave --ema out")
-    return module, _restore(directory / (EMA if ema else VARIABLES), variable_shapes(module)), info
+    variables = _restore(directory / (EMA if ema else VARIABLES), variable_shapes(module))
+    if info.sha256 not in (None, hash_of_variables(variables)):
+        raise InputError(f"the checkpoint {directory} is damaged: its numbers are not those that were saved")
+    return module, variables, info
 
 
 def read_info(directory):
     """The ModelInfo of a model directory or a training workdir."""
     try:
-        return ModelInfo.from_json((directory / INFO).read_text(encoding="utf-8"))
+        return ModelInfo.from_json(read_file(directory / INFO).decode())
     except FileNotFoundError as error:
         raise InputError(
             f"no model at {directory}: it has no {INFO}; give a model directory, a training workdir or a .pth file"
@@ -90,6 +105,7 @@ def read_info(directory):
 
 def _restore(path, shapes):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
+    require_plain(path)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_itself())
@@ -99,11 +115,13 @@ def _restore(path, shapes):
         reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
         raise InputError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {reason}") from error
     for (keys, leaf), shape in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(shapes), strict=True):
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
         if leaf.shape != shape.shape:
-            name = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise InputError(
                 f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
             )
+        if not np.isfinite(leaf).all():
+            raise InputError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
 
 

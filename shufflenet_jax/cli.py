@@ -1,6 +1,7 @@
 """What all commands share: how they parse, how they report bad input, how they show progress."""
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from .errors import InputError
 from .files import cache_dir
 
+_debug = False
 _process, _processes = 0, 1  # Which of a run's processes this is, and how many there are.
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # The names and numbers of malloc.h.
@@ -37,7 +39,8 @@ def run(command, argv=None):
     With --debug anywhere on the command line errors keep their traceback.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in argv
+    global _debug
+    debug = _debug = "--debug" in argv
     use_compilation_cache()
     keep_freed_memory()
     # Orbax and Grain tell at length what they do, and log with a traceback each what they raise anyway.
@@ -65,6 +68,29 @@ def run(command, argv=None):
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+@contextlib.contextmanager
+def libraries_silent():
+    """Lets no library in C print on stderr: libjpeg and libpng complain of images that decode all the same.
+
+    What Python prints there still comes through; with --debug everything does.
+    """
+    if _debug:
+        yield
+        return
+    sys.stderr.flush()
+    form = {"buffering": 1, "encoding": sys.stderr.encoding, "errors": "backslashreplace"}
+    with (
+        open(os.dup(2), "w", **form) as told,
+        open(os.devnull, "wb") as nowhere,
+        contextlib.redirect_stderr(told),
+    ):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(told.fileno(), 2)
 
 
 def use_compilation_cache():

@@ -60,14 +60,20 @@ class Preprocess:
         channels = 1 if self.channel_order == "L" else 3
         if not 0 < self.crop <= self.resize:
             raise InputError(f"preprocess.crop is {self.crop}, but must lie between 1 and preprocess.resize")
+        if self.resize > MOST_SIDE:
+            raise InputError(f"preprocess.resize is {self.resize}, but must be at most {MOST_SIDE}")
         if len(self.mean) != channels or len(self.std) != channels or not all(self.std):
             raise InputError(f"preprocess.mean and std must hold {channels} values each, std none of them 0")
+        if not all(abs(value) < 3e38 for value in (self.scale, *self.mean, *self.std)):
+            raise InputError("preprocess.scale, mean and std must be numbers that float32 holds")
 
     @property
     def channels(self):
         return len(self.mean)
 
 
+MOST_SIDE = 10_000  # Pixels; far beyond any use.
+MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
 LAYERS = ("conv1", "stage2", "stage3", "stage4", "conv5")  # Of the backbone.
 WIDTHS = (0.5, 1.0, 1.5, 2.0)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,10 +111,12 @@ class ModelInfo:
     dropout: float = 0.0
     source: dict = field(default_factory=dict)  # File name, sha256 and dialect, or the training configuration.
     metrics: dict | None = None
+    sha256: str | None = None  # Of the variables that lie beside it.
 
     def __post_init__(self):
         _require_types("model.json", self)
-        if self.width not in WIDTHS or self.num_classes < 0 or (self.num_classes and not self.conv5):
+        possible = 0 <= self.num_classes <= MOST and 0 <= self.dropout < 1
+        if self.width not in WIDTHS or not possible or (self.num_classes and not self.conv5):
             raise InputError("model.json describes no network of this family")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise InputError(f"model.json names {len(self.classes)} classes, but num_classes is {self.num_classes}")
@@ -127,7 +135,9 @@ class ModelInfo:
             values = json.loads(text)
             values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
             return cls(**_tuples(values))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"model.json is not a model description: {error!r}") from error
 
 

@@ -1,6 +1,7 @@
 """Counts and losses over a data set as masked sums: every image once, whatever the batches and the devices."""
 
-from pathlib import Path
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 
 from .data import transforms
 from .errors import InputError
+from .files import open_file, path_of
+
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def eval_step(module, preprocess, variables, batch, *, flip=False, among=None):
@@ -97,10 +101,26 @@ def evaluate(step, variables, batches, *, keep_logits=False):
 def read_predictions(path, keys=("name", "label", "logits")):
     """{key: array} of a file that `eval.py --predictions` wrote. Raises InputError if it does not hold them."""
     try:
-        with np.load(Path(path).expanduser()) as file:
-            return {key: file[key] for key in keys}
-    except (OSError, ValueError, KeyError) as error:
+        with open_file(path_of(path)) as opened, np.load(opened) as file:
+            found = {key: file[key] for key in keys}
+    # What NumPy and zipfile raise of damaged files; the last of shapes that no memory holds.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, *DAMAGED_ZIP, MemoryError) as error:
         raise InputError(f"{path} holds no predictions of eval.py: {error}") from error
+    label, logits = found["label"], found["logits"]
+    if not (
+        all(isinstance(array, np.ndarray) for array in found.values())
+        and logits.ndim == 2
+        and 0 not in logits.shape
+        and all(array.shape == logits.shape[:1] for key, array in found.items() if key != "logits")
+        and np.issubdtype(label.dtype, np.integer)
+        and np.issubdtype(logits.dtype, np.floating)
+        and np.isfinite(logits).all()
+        and np.issubdtype(found.get("name", np.array("")).dtype, np.str_)
+        and label.min() >= 0
+        and label.max() < logits.shape[1]
+    ):
+        raise InputError(f"{path} holds no predictions of eval.py: a name, a label and finite logits for each image")
+    return found
 
 
 def _count(batch, sums, logits, totals, kept, keep_logits):

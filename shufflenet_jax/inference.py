@@ -16,12 +16,11 @@ from .data.labels import class_name, imagenet_classes
 from .deploy import deploy
 from .errors import InputError
 from .evaluation import forward
+from .files import path_of, read_file
 from .loading import load_model
 from .model import ShuffleNetV2, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
-
-LONGEST = 100  # Times the short side: what is cut from the middle of a longer image shows next to nothing.
 
 
 class Model:
@@ -57,14 +56,7 @@ class Model:
           InputError: it is no image.
         """
         content, called = _content(image)
-        name = name or called
-        pixels = transforms.pixels_of(content, self.info.preprocess, name)
-        height, width = pixels.shape[:2]
-        if max(height, width) > LONGEST * min(height, width):
-            raise InputError(
-                f"image {name} has {width} x {height} pixels, which is too narrow to tell anything; cut a part out"
-            )
-        return transforms.prepare(pixels, self.info.preprocess)[None]
+        return transforms.prepare(content, self.info.preprocess, name or called)[None]
 
     def class_name(self, label: int) -> str:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
@@ -102,9 +94,9 @@ def _content(image):
     """(encoded bytes or a uint8 array, what errors call it) of what `Model.preprocess` takes."""
     if isinstance(image, (str, Path)):
         try:
-            return Path(image).expanduser().read_bytes(), str(image)
-        except (OSError, ValueError, RuntimeError) as error:  # The last of ~NAME where there is no such user.
-            raise InputError(f"image {image} cannot be read: {_reason(error)}; check the path") from error
+            return read_file(path_of(image)), str(image)
+        except OSError as error:
+            raise InputError(f"image {image} cannot be read: {error.strerror}; check the path") from error
     if isinstance(image, bytes):
         return image, "image"
     wanted = "a path, encoded bytes, or a uint8 array (H, W, 3) in RGB or (H, W) in grey"
@@ -116,10 +108,6 @@ def _content(image):
     if pixels.dtype != np.uint8 or not shaped:
         raise InputError(f"an image is {pixels.dtype} of shape {pixels.shape}; give {wanted}")
     return pixels, "array"
-
-
-def _reason(error):
-    return getattr(error, "strerror", None) or error
 
 
 def get_model(

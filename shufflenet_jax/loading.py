@@ -1,11 +1,9 @@
 """What a `--checkpoint` may be, and how each of its forms becomes a network."""
 
-from pathlib import Path
-
 from .checkpoint import load_directory
 from .errors import InputError
 from .exports.tensors import read_safetensors
-from .files import cache_dir, hash_of, locked
+from .files import cache_dir, hash_of, locked, path_of
 from .published import PUBLISHED, file_of
 
 
@@ -23,7 +21,7 @@ def load_model(checkpoint, *, ema=False, **settings):
     Raises:
       InputError: nothing usable lies there.
     """
-    path = Path(checkpoint).expanduser()
+    path = path_of(checkpoint)
     if str(checkpoint) in PUBLISHED and not path.exists():
         path = file_of(str(checkpoint))
     if not path.exists():
@@ -42,7 +40,7 @@ def load_model(checkpoint, *, ema=False, **settings):
 
 def _converted(path, ema):
     """The model directory of a .pth file in the cache; converted, and verified, on first use."""
-    directory = cache_dir() / "converted" / f"{path.stem}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
+    directory = cache_dir() / "converted" / f"{path.stem[:100]}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
     if not directory.exists():
         from .porting import convert  # Needs torch, whose import alone takes a second.
 

@@ -1,12 +1,14 @@
 """metrics.jsonl: one JSON object a line, and the sums between two lines."""
 
+import contextlib
 import json
 import shutil
 import time
 
 import numpy as np
 
-from .files import written_aside
+from .errors import InputError
+from .files import read_file, written_aside
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 
@@ -26,7 +28,10 @@ class MetricsLog:
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if not last_step:
             shutil.rmtree(workdir / EVENTS, ignore_errors=True)
-        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
+        try:
+            self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
+        except OSError as error:
+            raise InputError(f"{workdir / EVENTS} cannot be written: {error.strerror}; remove it") from error
 
     def __enter__(self):
         return self
@@ -46,14 +51,32 @@ class MetricsLog:
 
 
 def read_metrics(path):
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of a metrics.jsonl; what is none, like a last line that was cut off, is left out."""
+    try:
+        text = read_file(path).decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and _is_row(row)]
+
+
+def _is_row(row):
+    """Whether it tells a step, an epoch and a split, and numbers of its figures."""
+    figures = {name: value for name, value in row.items() if name not in ("split", "step", "epoch")}
+    return (
+        type(row.get("step")) is int
+        and is_number(row.get("epoch"))
+        and isinstance(row.get("split"), str)
+        and all(value is None or is_number(value) for value in figures.values())
+    )
+
+
+def is_number(value):
+    """Whether a value is a number that float32 holds."""
+    return type(value) in (int, float) and abs(value) < 3e38
 
 
 class Meter:

@@ -28,17 +28,19 @@ def plot_curves(workdir, *, title=None):
     Raises:
       InputError: there is nothing to draw.
     """
-    rows = read_metrics(workdir / METRICS) if (workdir / METRICS).is_file() else []
-    if not rows:
+    rows = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
+    if not any(row.get(name) is not None and row["split"] in STYLES for row in rows for name in PANELS):
         raise InputError(f"{workdir} holds no {METRICS} with figures; give the workdir of a training")
     figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
     for axes, (name, (label, scale, splits)) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for split in splits:
-            points = [(row["epoch"], row[name]) for row in rows if row["split"] == split]
+            drawn = [row for row in rows if row["split"] == split and row.get(name) is not None]
+            points = [(row["epoch"], row[name]) for row in drawn]
             if points:
                 axes.plot(*zip(*points, strict=True), label=split, markersize=3, linewidth=1.2, **STYLES[split])
         _over_epochs(axes, ylabel=label, yscale=scale)
-    figure.axes[0].legend(frameon=False)
+    if figure.axes[0].lines:
+        figure.axes[0].legend(frameon=False)
     figure.suptitle(title or workdir.name)
     target = workdir / "curves.png"
     with written_aside(target) as draft:

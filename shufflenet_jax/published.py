@@ -1,21 +1,22 @@
 """The published weights by name: what they are, where they come from, and how their files get here."""
 
+import hashlib
 import http.client
 import os
-import socket
 import sys
 import urllib.error
 import urllib.request
 from typing import NamedTuple
 
 from .errors import InputError
-from .files import cache_dir, locked
+from .files import cache_dir, hash_of, locked, written_aside
 
 CARD = "shufflenet-v2-1x_16xb64_in1k"  # The model card that this project follows.
 MIRROR = "SHUFFLENET_JAX_MIRROR"
 OPENMMLAB = "https://download.openmmlab.com/mmclassification/v0/shufflenet_v2/"
 UNREACHED = (OSError, ValueError, http.client.HTTPException)  # What urllib raises.
 SILENT_SECONDS = 60  # After which a server that sends nothing is given up.
+LARGEST_DOWNLOAD = 100_000_000  # Bytes: three times the largest published file, and more than photographs have.
 PYTORCH = "https://download.pytorch.org/models/"
 
 
@@ -86,7 +87,9 @@ def file_of(name):
     """
     published = find(name)
     target = cache_dir() / "downloads" / published.file
-    if target.exists():
+    if target.exists():  # Perhaps put there by hand.
+        if not hash_of(target).startswith(published.sha256):
+            raise InputError(f"{target} is another file: its sha256 does not begin with {published.sha256}; remove it")
         return target
     place = os.environ.get(MIRROR) or published.place
     if place is None:
@@ -102,21 +105,34 @@ def file_of(name):
 
 
 def _download(url, target, sha256):
-    from torch import hub  # Takes a second.
-
     elsewhere = f"download it elsewhere and put it at {target}, or name a mirror in {MIRROR}"
     print(f"downloading {url}", file=sys.stderr)
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENT_SECONDS)
     try:
-        urllib.request.Request(url)  # What is no URL fails here; the download would leave an empty file behind.
-        hub.download_url_to_file(url, str(target), hash_prefix=sha256, progress=sys.stderr.isatty())
-    except RuntimeError as error:  # Its only one: the hash.
-        raise InputError(f"{url} is cut off or another file ({error}); try again, or {elsewhere}") from error
+        content = fetch(url, seconds=SILENT_SECONDS)
     except UNREACHED as error:
         raise InputError(f"{url} cannot be downloaded ({reason_of(error)}); {elsewhere}") from error
-    finally:
-        socket.setdefaulttimeout(patience)
+    if not hashlib.sha256(content).hexdigest().startswith(sha256):
+        raise InputError(f"{url} is another file: its sha256 does not begin with {sha256}; {elsewhere}")
+    with written_aside(target) as draft:
+        draft.write_bytes(content)
+
+
+def fetch(url, *, seconds):
+    """The bytes at an address, at most LARGEST_DOWNLOAD of them; a server that is silent for so long is given up.
+
+    Raises:
+      one of UNREACHED: it cannot be had, is too large, or is cut off.
+    """
+    # Some servers refuse urllib's own name.
+    request = urllib.request.Request(url, headers={"User-Agent": "shufflenet-jax"})
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        size = int(answer.headers.get("Content-Length") or 0)
+        content = answer.read(LARGEST_DOWNLOAD + 1) if size <= LARGEST_DOWNLOAD else b""
+    if max(size, len(content)) > LARGEST_DOWNLOAD:
+        raise OSError(f"it has more than {LARGEST_DOWNLOAD:,} bytes")
+    if len(content) < size:
+        raise OSError(f"it was cut off after {len(content):,} of {size:,} bytes")
+    return content
 
 
 def reason_of(error):

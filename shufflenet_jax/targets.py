@@ -1,5 +1,6 @@
 """What a network learns beside its labels: the weights of classes, and a teacher's predictions."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from .deploy import deploy
 from .errors import InputError
 from .evaluation import read_predictions
+from .files import path_of, read_file
 from .loading import load_model
 from .training import Teacher
 
@@ -36,7 +38,7 @@ def load_extras(config, source, info):
 def load_class_weights(path, num_classes):
     """(num_classes,) float32 from a text file with a number a line."""
     try:
-        weights = np.loadtxt(Path(path).expanduser(), dtype=np.float32, ndmin=1)
+        weights = np.loadtxt(io.BytesIO(read_file(path_of(path))), dtype=np.float32, ndmin=1)
     except (OSError, ValueError) as error:
         raise InputError(f"class weights {path} cannot be read: {error}; give a number a line") from error
     if weights.shape != (num_classes,):

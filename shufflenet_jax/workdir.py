@@ -12,7 +12,7 @@ from pathlib import Path
 from . import checkpoint, parallel
 from .cli import warn
 from .errors import InputError
-from .files import written_aside
+from .files import read_file, written_aside
 from .logs import METRICS
 
 CONFIG, LOCK, FINISHED = "config.json", "lock", "finished"
@@ -94,8 +94,8 @@ def commit():
 def _require_same(workdir, settings, stored):
     """Raises InputError if the run in a workdir has other settings that change its numbers."""
     try:
-        before = dict(json.loads(stored.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, TypeError, KeyError) as error:
+        before = dict(json.loads(read_file(stored))["settings"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{stored} is damaged: {error}; choose another --workdir") from error
     changed = [key for key in settings if key not in FREE_TO_CHANGE and settings[key] != before.get(key)]
     if changed:

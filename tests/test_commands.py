@@ -124,6 +124,14 @@ def test_eval_refuses_a_damaged_model_directory(ten_classes, tmp_path, refused):
     assert "damaged" in told(tmp_path / "cut")
 
 
+def test_numbers_that_are_not_those_that_were_saved_are_refused(ten_classes, tmp_path, refused):
+    model = shutil.copytree(ten_classes[0], tmp_path / "model")
+    info = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps(info | {"sha256": "0" * 64}))
+    line = refused(evaluate.main, "--checkpoint", model, "--data", ten_classes[1])
+    assert "its numbers are not those that were saved" in line
+
+
 def test_a_backbone_without_classifier_has_no_accuracy(tmp_path, call, refused):
     torch.save(lively_network("megvii-stages", num_classes=0, conv5=False).state_dict(), tmp_path / "b.pth")
     assert call(from_torch.main, tmp_path / "b.pth", "--out", tmp_path / "b", "--no-verify")[0] == 0

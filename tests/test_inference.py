@@ -130,6 +130,23 @@ def test_a_file_put_there_by_hand_is_taken_and_megvii_has_no_other_way(mirror, t
     assert published.file_of("megvii-0.5x") == place
 
 
+def test_another_file_put_there_by_hand_is_refused(mirror, tmp_path):
+    place = tmp_path / "cache/downloads/net-file.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT[1:])
+    assert f"{place} is another file" in failure()
+    place.write_bytes(CONTENT)
+    assert published.file_of("small") == place
+
+
+def test_a_server_that_sends_too_much_is_given_up(mirror, tmp_path):
+    _, asked = mirror
+    with open(tmp_path / "served/net-file.pth", "wb") as file:
+        file.truncate(published.LARGEST_DOWNLOAD + 1)
+    assert "more than 100,000,000 bytes" in failure() and asked
+    assert left_in(tmp_path / "cache") == []
+
+
 def test_a_cache_that_cannot_be_written_is_named(mirror, tmp_path):
     (tmp_path / "cache").write_text("a file")
     assert f"the cache {tmp_path / 'cache/downloads'} cannot be written" in failure()

@@ -126,7 +126,7 @@ def test_a_network_learns_from_a_teacher_with_weighted_classes_and_recalibrates(
 
     np.savetxt(tmp_path / "nine.txt", np.ones(9))
     (tmp_path / "words.txt").write_text("many\n")
-    np.savez(tmp_path / "few.npz", label=np.zeros(3), logits=np.zeros((3, 10)))
+    np.savez(tmp_path / "few.npz", label=np.zeros(3, int), logits=np.zeros((3, 10)))
     np.savez(tmp_path / "other.npz", logits=np.zeros((3, 10)))
     cases = {
         ("--class-weights", tmp_path / "nine.txt"): "10 classes",

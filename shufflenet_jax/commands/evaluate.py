@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import parallel
-from ..cli import CommandLine, add_process_options, positive_integer, progress
+from ..cli import CommandLine, add_process_options, libraries_silent, positive_integer, progress
 from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
 from ..data.labels import class_name
 from ..data.pipeline import eval_batches
@@ -127,8 +127,8 @@ def evaluated(module, variables, preprocess, *, source, total, options, among):
     batch_size = parallel.shared_equally(min(batch_size, total))
     step = parallel.map_eval_step(partial(eval_step, module, preprocess, flip=options.tta == "flip", among=among))
     batches = eval_batches(source, preprocess, batch_size=batch_size, limit=total, **parallel.own_slice())
-    fed = shown(batches, total)
-    figures, rows = evaluate(step, parallel.replicate(variables), fed, keep_logits=keeps_logits(options))
+    with libraries_silent(), closing(shown(batches, total)) as fed:
+        figures, rows = evaluate(step, parallel.replicate(variables), fed, keep_logits=keeps_logits(options))
     figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
     return figures if among is None else {**figures, "classes": int(among.sum())}, rows
 

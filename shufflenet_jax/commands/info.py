@@ -6,7 +6,7 @@ import re
 
 from ..accounting import count, total
 from ..cli import CommandLine
-from ..config import WIDTHS
+from ..config import MOST, WIDTHS
 from ..errors import InputError
 from ..loading import load_model
 from ..model import LAYOUTS, ShuffleNetV2
@@ -14,7 +14,6 @@ from ..model import LAYOUTS, ShuffleNetV2
 DESCRIPTION = "Tell parameters, multiply-adds, activations, receptive field and output of each stage, for one image."
 DEFAULTS = {"width": 1.0, "layout": "torchvision", "num_classes": 1000, "in_chans": 3, "small_stem": False}
 SIDE = 224
-MOST = 1_000_000  # Far beyond any use, and below what JAX can take for the length of an axis.
 COLUMNS = {  # heading: the field of a Stage
     "parameters": "parameters",
     "multiply-adds": "multiply_adds",

@@ -1,8 +1,7 @@
 """`python -m shufflenet_jax plot`: draws the curves of a training, finished or not."""
 
-from pathlib import Path
-
 from ..cli import CommandLine
+from ..files import path_of
 from ..plots import plot_curves
 
 DESCRIPTION = "Draw loss, accuracy and learning rate of a training into its folder."
@@ -12,5 +11,5 @@ def main(argv):
     parser = CommandLine(prog="shufflenet-jax plot", description=DESCRIPTION)
     parser.add_argument("workdir", help="the folder of the training")
     options = parser.parse_args(argv)
-    print(plot_curves(Path(options.workdir).expanduser()))
+    print(plot_curves(path_of(options.workdir)))
     return 0

@@ -3,28 +3,26 @@
 import json
 import os
 import sys
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ..cli import CommandLine, positive_integer, progress, tell, usable_cores
+from ..cli import CommandLine, libraries_silent, positive_integer, progress, tell, usable_cores
 from ..data.sources import IMAGE_SUFFIXES
 from ..errors import InputError
 from ..files import printable, written_aside
 from ..inference import class_activation_map, get_model
-from ..published import CARD, UNREACHED, reason_of
+from ..published import CARD, UNREACHED, fetch, reason_of
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 LAYERS = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
 SUFFIXES = IMAGE_SUFFIXES | {".gif"}  # Training on folders follows torchvision, which leaves these out.
 BATCH = 16
 MOST_DRAWN = 24
-LARGEST_DOWNLOAD = 100_000_000  # Bytes.
 SILENT_SECONDS = 30
 
 
@@ -123,7 +121,7 @@ def predictions(model, names, layer=None):
     with ThreadPoolExecutor(usable_cores()) as readers:
         for first in range(0, len(names), size):
             part = names[first : first + size]
-            with stderr_silent():
+            with libraries_silent():
                 read = list(readers.map(partial(read_crop, model), part))
             crops = [crop for crop in read if not isinstance(crop, InputError)]
             if crops:
@@ -136,19 +134,6 @@ def predictions(model, names, layer=None):
                 else:
                     i = next(row)
                     yield name, crop, *(None if values is None else values[i] for values in seen)
-
-
-@contextmanager
-def stderr_silent():
-    """Lets no library print on stderr: those in C complain of images which they decode all the same."""
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def read_crop(model, name):
@@ -165,15 +150,9 @@ def read_crop(model, name):
 def fetched(address):
     """The bytes at an http(s) address."""
     try:
-        # Some servers refuse urllib's own name.
-        request = urllib.request.Request(address, headers={"User-Agent": "shufflenet-jax"})
-        with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
-            content = answer.read(LARGEST_DOWNLOAD + 1)
+        return fetch(address, seconds=SILENT_SECONDS)
     except UNREACHED as error:
         raise InputError(f"image {address} cannot be fetched: {reason_of(error)}; check the address") from error
-    if len(content) > LARGEST_DOWNLOAD:
-        raise InputError(f"image {address} has more than {LARGEST_DOWNLOAD:,} bytes; fetch it yourself")
-    return content
 
 
 def describe(model, name, logits, topk):

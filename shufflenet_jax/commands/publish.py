@@ -1,18 +1,14 @@
 """`publish`: a model directory to give away, of any checkpoint: weights alone, the hash in the name, and a card."""
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from ..accounting import count, total
-from ..checkpoint import module_of, save_model
+from ..checkpoint import hash_of_variables, module_of, save_model
 from ..cli import CommandLine
 from ..errors import InputError
-from ..files import written_aside
+from ..files import path_of, written_aside
 from ..loading import load_model
 
 DESCRIPTION = (
@@ -36,8 +32,8 @@ def main(argv):
         raise InputError(f"--name is {options.name!r}, but must consist of letters, digits, '.', '_', '+' and '-'")
     _, variables, info = load_model(options.checkpoint, ema=options.ema)
     info = dataclasses.replace(info, source=without_places(info.source))
-    digest = hash_of(variables)
-    target = options.out.expanduser() / f"{options.name}-{digest[:8]}"
+    digest = hash_of_variables(variables)
+    target = path_of(options.out / f"{options.name}-{digest[:8]}")
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out or --name")
     with written_aside(target, folder=True) as draft:
@@ -53,15 +49,6 @@ def without_places(source):
         return source
     named = {k: Path(v).name for k, v in source["config"].items() if isinstance(v, str) and v.startswith(("/", "~"))}
     return {**source, "config": {**source["config"], **named}}
-
-
-def hash_of(variables):
-    """The sha256 of a network's variables: names, types, shapes and values, in the order of their names."""
-    found = hashlib.sha256()
-    for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree.leaves_with_path(variables)):
-        found.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()
 
 
 def card(name, digest, info, options):

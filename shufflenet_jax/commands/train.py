@@ -21,6 +21,7 @@ from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import KNOWN_SIZES, open_source
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate
+from ..files import path_of
 from ..finetuning import initial_variables
 from ..interruption import Interruption
 from ..logs import Meter, MetricsLog
@@ -37,7 +38,7 @@ def main(argv):
     jax.config.update("jax_enable_x64", config.dtype == "float64")
     if options.print_schedule:
         return print_schedule(config, options.print_schedule)
-    workdir = Path(options.workdir or f"runs/{options.config}").expanduser()
+    workdir = path_of(options.workdir or f"runs/{options.config}")
     with parallel.joined(options.coordinator_address, options.num_processes, options.process_id):
         status = train(config, workdir)
     gc.collect()  # Only then JAX lets go of the batches that worker processes have shared; at exit it were too late.

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from .. import plots
-from ..cli import CommandLine, positive_integer, progress
+from ..cli import CommandLine, libraries_silent, positive_integer, progress
 from ..config import PRESETS, TrainConfig
 from ..data.labels import imagenet_classes
 from ..data.pipeline import train_batches
@@ -32,11 +32,12 @@ def main(argv):
     options = parser.parse_args(argv)
 
     source = open_source(options.data, options.split, data_dir=options.data_dir)
-    with progress(total=len(source), unit="image", desc="verifying") as bar:
+    with libraries_silent(), progress(total=len(source), unit="image", desc="verifying") as bar:
         found = survey(source, on_done=bar.update)
     report(found, source)
     if options.preview and len(found.unreadable) < found.images:
-        preview(source, options)
+        with libraries_silent():
+            preview(source, options)
         print(f"preview: {options.preview}")
     print(json.dumps(summary(found)))
     return 1 if found.unreadable else 0

@@ -13,6 +13,7 @@ import re
 import shutil
 import tarfile
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ..cli import usable_cores
 from ..errors import InputError
+from ..files import LARGEST, path_of, printable, read_file
 from .labels import imagenet_classes
-from .sources import IMAGE_SUFFIXES
+from .sources import IMAGE_SUFFIXES, open_tfds
 from .transforms import ORIENTATION, damage_named, decode, orientation_in
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -44,11 +46,26 @@ class Piece(NamedTuple):
     member: str | None = None
 
     def read(self):
-        if self.member is not None:
-            return _zip(self.path).read(self.member)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        """The bytes. Raises InputError where they cannot be had, or are far more than an image has."""
+        try:
+            if self.member is not None:
+                self._require_small(_zip(self.path).getinfo(self.member).file_size)
+                return _zip(self.path).read(self.member)
+            if self.size < 0:
+                return read_file(self.path)
+            self._require_small(self.size)
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        # zipfile raises the others for members that are damaged, locked or packed in a way it does not know.
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(
+                f"image {self.member or self.path} cannot be read: {error}; repair or remove it"
+            ) from error
+
+    def _require_small(self, size):
+        if size > LARGEST:
+            raise OSError(f"it has {size:,} bytes")
 
 
 class Entry(NamedTuple):
@@ -89,19 +106,21 @@ def read_contents(source):
     Raises:
       InputError: the source is none of these, or holds no images.
     """
-    source = Path(source).expanduser()
+    source = path_of(source)
     try:
         if source.is_dir():
             tars = [source / f"ILSVRC2012_img_{part}.tar" for part in ("train", "val")]
             tars = [path for path in tars if path.is_file()]
             contents = _read_tars(tars) if tars else _read_tree(_folder_files(source))
-        elif zipfile.is_zipfile(source):
+        elif source.is_file() and zipfile.is_zipfile(source):
             contents = _read_tree(_zip_files(source))
         elif source.is_file() and tarfile.is_tarfile(source):
             contents = _read_tars([source])
         else:
             raise InputError(f"{source} is no folder, zip or tar of images; check --source")
-    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise InputError(f"{source} is damaged: {error}; fetch it again") from error
     if not any(contents.splits.values()):
         raise InputError(f"{source} holds no images as <split>/<class>/<image>, nor ILSVRC2012's tars")
@@ -127,11 +146,17 @@ def _zip_files(path):
 def _read_tree(files):
     """Class folders: files come as ((split, class, ..., name), piece)."""
     files = [(parts, piece) for parts, piece in files if len(parts) >= 3]
+    for split in {parts[0] for parts, _ in files}:
+        if not re.fullmatch(r"\w+", split):
+            raise InputError(f"{split!r} is no name for a split; use letters, digits and _")
+    for name in {parts[1] for parts, _ in files}:
+        if not name.isprintable() or name.strip() in ("", ".", ".."):
+            raise InputError(f"{name!r} is no name for a class; use characters that can be printed")
     classes = tuple(sorted({parts[1] for parts, _ in files}))
     rank = {name: label for label, name in enumerate(classes)}
     splits = {}
     for (split, *parts), piece in files:
-        splits.setdefault(split, []).append(Entry("/".join(parts), rank[parts[0]], piece))
+        splits.setdefault(split, []).append(Entry(printable("/".join(parts)), rank[parts[0]], piece))
     return Contents(splits, classes)
 
 
@@ -336,7 +361,7 @@ def plan_images(contents, source, name, out, options):
     """A Plan for images. Raises InputError if NAME is one of TFDS's own with other features."""
     features = features_for(contents.classes)
     version = _version(name, features, out)
-    folder = Path(out).expanduser() / name / version
+    folder = path_of(Path(out) / name / version)
     draft = folder.with_name(f"{version}.incomplete")
     splits = {}
     for split, entries in sorted(contents.splits.items()):
@@ -346,21 +371,18 @@ def plan_images(contents, source, name, out, options):
             Job(draft / _file_name(name, split, i, len(shards)), shard, None, contents.classes, options)
             for i, shard in enumerate(shards)
         ]
-    settings = {"source": str(Path(source).expanduser().absolute()), **dataclasses.asdict(options)}
+    settings = {"source": str(path_of(source).absolute()), **dataclasses.asdict(options)}
     return Plan(folder, draft, name, version, features, splits, settings)
 
 
 def plan_tfrecords(source, name, out):
     """A Plan for a TFDS directory of TFRecords: the same shards, record by record."""
-    source = Path(source).expanduser()
-    try:
-        info = tfds.builder_from_directory(source).info
-    except Exception as error:  # TFDS raises several kinds for damaged descriptions.
-        raise InputError(f"{source} is no TFDS data set: {error}") from error
+    source = path_of(source)
+    info = open_tfds(source).info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InputError(f"{source} is stored as {info.file_format.value} already; read it as it is")
     version = _version(name, info.features, out, own=str(info.version))
-    folder = Path(out).expanduser() / name / version
+    folder = path_of(Path(out) / name / version)
     draft = folder.with_name(f"{version}.incomplete")
     splits = {}
     for split, described in sorted(info.splits.items()):
@@ -375,7 +397,7 @@ def plan_tfrecords(source, name, out):
 
 
 def is_tfds(source):
-    return (Path(source).expanduser() / "dataset_info.json").is_file()
+    return (path_of(source) / "dataset_info.json").is_file()
 
 
 def _file_name(name, split, index, count):
@@ -426,6 +448,9 @@ def write(plan, *, processes=None, on_done=lambda report: None):
     for split, jobs in plan.splits.items():
         write_shards(jobs, processes or usable_cores(), on_done)
         reports[split] = [json.loads(_note(job.target).read_text(encoding="utf-8")) for job in jobs]
+    empty = [split for split, found in reports.items() if not any(report["examples"] for report in found)]
+    if empty:
+        raise InputError(f"no image of split {empty[0]} can be read; the source is damaged")
     _describe(plan, reports)
     shutil.rmtree(plan.draft / "notes")
     (plan.draft / "settings.json").unlink()

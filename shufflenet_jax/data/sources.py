@@ -1,5 +1,6 @@
 """Labelled images by position: TFDS data sets, class folders, MMPretrain's lists, the digits inside scikit-learn."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -10,6 +11,7 @@ import numpy as np
 
 from ..cli import progress
 from ..errors import InputError
+from ..files import path_of, read_file, require_plain
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 EVAL_SPLITS = ("val", "validation", "test")
@@ -60,7 +62,7 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
     elif str(data).startswith("tfds:"):
         source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes, multi_label)
     else:
-        source = _open_folder(Path(data).expanduser(), split, classes)
+        source = _open_folder(path_of(data), split, classes)
     # A list names no classes: its largest label only bounds how many there are.
     exact = source.classes is not None
     if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
@@ -77,7 +79,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     import tensorflow_datasets as tfds  # Costs half a second to import.
     from tensorflow_datasets.proto import tf_example_pb2
 
-    builder = tfds.builder_from_directory(tfds_directory(name, data_dir))
+    builder = open_tfds(tfds_directory(name, data_dir))
     info = builder.info
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
@@ -86,12 +88,17 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
             "and give --data-dir DIR"
         )
     truth = "real_label" if multi_label and "label" not in info.features else "label"
-    if not {"image", truth} <= set(info.features):
-        raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label")
+    labels = info.features.get(truth)
+    labels = getattr(labels, "feature", labels)  # That of a sequence.
+    if "image" not in info.features or not isinstance(labels, tfds.features.ClassLabel):
+        raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label of a class")
     split = _choose_split(split, f"the data set {name}", set(info.splits).__contains__)
     # TFDS's own parsing makes an array of every feature, which takes as long as half the decoding of an image.
-    records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
-    labels = info.features[truth] if truth == "label" else info.features[truth].feature
+    try:
+        records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
+        size = len(records)
+    except Exception as error:  # ArrayRecord and TFDS raise several kinds for missing, cut and empty shards.
+        raise InputError(f"split {split} of the data set {name} is damaged or empty; prepare it again") from error
     own = tuple(labels.names or map(str, range(labels.num_classes)))
     # Without names of its own, the data's numbers are the labels.
     classes = own if classes is None or not labels.names else tuple(classes)
@@ -115,8 +122,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
         return called, image, [rank[own[label]] for label in found] if labels.names else found
 
     def all_labels():
-        bar = progress(iterable=range(len(records)), unit="image", desc="reading labels")
-        return [parsed(index)[2] for index in bar]
+        return [parsed(index)[2] for index in progress(iterable=range(size), unit="image", desc="reading labels")]
 
     def read(index):
         called, image, (label,) = parsed(index)
@@ -124,12 +130,12 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
 
     known = {"num_classes": len(classes), "classes": classes if labels.names else None}
     if truth == "label":
-        return Source(len(records), read, labels=lambda: (label for (label,) in all_labels()), **known)
+        return Source(size, read, labels=lambda: (label for (label,) in all_labels()), **known)
 
     truths = all_labels()
-    judged, most = [index for index, found in enumerate(truths) if found], max(map(len, truths), default=0)
+    judged, most = [index for index, found in enumerate(truths) if found], max(map(len, truths))
     if not judged:
-        raise InputError(f"no image of {name}, split {split}, has a label")
+        raise InputError(f"no image of {name}, split {split}, has a label; choose another split")
 
     def read_several(index):
         called, image, found = parsed(judged[index])
@@ -138,11 +144,25 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     return Source(len(judged), read_several, labels=lambda: chain(*truths), label_shape=(most,), **known)
 
 
+def open_tfds(folder):
+    """TFDS's builder of a data set's folder. Raises InputError if it is none, or a damaged one."""
+    import tensorflow_datasets as tfds
+
+    require_plain(folder)
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS and protobuf raise a dozen kinds for damaged descriptions.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{folder} is no TFDS data set, or a damaged one ({reason}); prepare it again") from error
+
+
 def tfds_directory(name, data_dir=None):
     """The folder of the newest version of a TFDS data set. Raises InputError where there is none."""
     from tensorflow_datasets.core import constants, utils
 
-    root = Path(data_dir or constants.DATA_DIR).expanduser() / name
+    if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
+        raise InputError(f"{name!r} is no name of a data set; give tfds: and one like imagenet2012")
+    root = path_of(Path(data_dir or constants.DATA_DIR) / name)
     versions = [path.parent for path in root.glob("**/dataset_info.json") if utils.Version.is_valid(path.parent.name)]
     if not versions:
         raise InputError(
@@ -177,6 +197,7 @@ def _open_digits(split):
 def _open_folder(root, split, classes):
     if not root.is_dir():
         raise InputError(f"no data at {root}; give 'digits' or a folder of images")
+    path_of(root / (split or ""))
     split = _choose_split(
         split, str(root), lambda name: (root / name).is_dir() or (root / "meta" / f"{name}.txt").is_file()
     )
@@ -209,7 +230,7 @@ def _rank(present, classes, what):
 def _open_list(listing, folder):
     """MMPretrain's form: a line `file label` for each image below the split's folder."""
     names, labels = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_read_file(listing).decode(errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
@@ -249,6 +270,6 @@ def _open_classes(folder, classes):
 
 def _read_file(path):
     try:
-        return path.read_bytes()
+        return read_file(path_of(path))
     except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -17,6 +17,8 @@ from ..errors import InputError
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 JPEG = b"\xff\xd8"  # How such a file begins.
+MOST_PIXELS = 178_956_970  # Beyond which Pillow refuses an image.
+LONGEST = 100  # Times the short side: what is cut from the middle of a longer image shows next to nothing.
 EXIF = b"Exif\0\0"
 # What the decoders raise.
 DAMAGE = (
@@ -42,6 +44,11 @@ def prepare(image, preprocess, name="image"):
 def pixels_of(image, preprocess, name="image"):
     """An image as a uint8 array (H, W, C), in RGB or, for networks that take it, in grey."""
     pixels = decode(image, preprocess.decoder, name) if isinstance(image, bytes) else image
+    height, width = pixels.shape[:2]
+    if max(height, width) > LONGEST * min(height, width):
+        raise InputError(
+            f"image {name} has {width} x {height} pixels, which is too narrow to tell anything; cut a part out"
+        )
     return to_channels(pixels, preprocess.channels)
 
 
@@ -126,6 +133,8 @@ def _require_whole(data):
         elif marker == 0xE1 and data.startswith(EXIF, position + 4):
             orientation = _orientation(data[position + 4 : position + 2 + _length(data, position)])
         position += 2 + _length(data, position)
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"{size[1]} x {size[0]} pixels are too many")
     # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
     if data.rfind(b"\xff\xd9") < position:
         raise ValueError("the file is truncated")

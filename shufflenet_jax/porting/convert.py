@@ -6,7 +6,6 @@ Files: legacy and zip, MMPretrain 0.x and 1.x, torchvision, Megvii, ericsun99.
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from ..config import ModelInfo
 from ..data import transforms
 from ..data.labels import imagenet_classes
 from ..errors import InputError
-from ..files import hash_of
+from ..files import hash_of, path_of
 from ..model import FEATURES
 from . import dialects, reference
 
@@ -73,7 +72,7 @@ def read(path, *, ema=False):
     Raises:
       InputError: the file is missing, damaged, no checkpoint, or would have to run code.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     sha256 = hash_of(path)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings():
@@ -92,7 +91,9 @@ def read(path, *, ema=False):
     try:
         arrays = {key: _numpy(value) for key, value in tensors.items()}
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise InputError(f"checkpoint {path} holds sparse, quantised or empty tensors; store plain ones") from error
+        raise InputError(
+            f"checkpoint {path} holds sparse, quantised, expanded or empty tensors; store plain ones"
+        ) from error
     return TorchFile(arrays, _classes(meta), path.name, sha256)
 
 
@@ -120,8 +121,10 @@ def _classes(meta):
 
 
 def _numpy(tensor):
-    """Half types widened, which loses nothing."""
+    """Half types widened, which loses nothing. Raises TypeError where a few stored numbers stand for many."""
     tensor = tensor.detach()
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise TypeError("expanded")
     return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
 
 

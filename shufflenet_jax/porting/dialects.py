@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, Preprocess
+from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, MOST, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, Preprocess
 from ..errors import InputError
 from ..model import CHANNELS, UNITS, ShuffleNetV2, variable_shapes
 
@@ -206,6 +206,10 @@ def module_for(tensors, dialect):
     has_conv5 = any(f"{name}.weight" in tensors for name in dialect.conv5)
     weight, bias = (_shape(tensors, f"{dialect.fc}.{name}") for name in ("weight", "bias"))
     num_classes = (weight or bias or (0,))[0]
+    if num_classes > MOST:
+        raise InputError(
+            f"the classifier has {num_classes:,} classes, which cannot be; such a file cannot be converted"
+        )
     return ShuffleNetV2(
         width=fitting[0], layout=dialect.layout, num_classes=num_classes, conv5=has_conv5 or num_classes > 0
     )
@@ -245,7 +249,7 @@ def from_torch(tensors, dialect, module):
     for path, key in keys.items():
         if key in tensors:
             array = np.asarray(tensors[key])
-            expected = _torch_axes(np.empty(shapes[path].shape)).shape
+            expected = _torch_shape(shapes[path].shape)
             if array.shape != expected:
                 faults["misshapen"].append(f"{key} is {array.shape}, not {expected}")
             elif not _is_float32(array) or (path[-1] == "var" and (array < 0).any()):
@@ -289,6 +293,11 @@ def _is_float32(array):
 def _flax_axes(array):
     """(O, I, H, W) as (H, W, I, O), (O, I) as (I, O)."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _torch_shape(shape):
+    """The same of shapes."""
+    return (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _torch_axes(array):
