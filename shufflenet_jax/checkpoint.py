@@ -84,9 +84,18 @@ def load_directory(directory, *, ema=False, **settings):
     if ema and not (directory / EMA).is_dir():
         raise InputError(f"{directory} holds no moving averages; leave --ema out")
     variables = _restore(directory / (EMA if ema else VARIABLES), variable_shapes(module))
-    if info.sha256 not in (None, hash_of_variables(variables)):
-        raise InputError(f"the checkpoint {directory} is damaged: its numbers are not those that were saved")
+    require_sound(directory, variables, info)
     return module, variables, info
+
+
+def require_sound(path, variables, info):
+    """Raises InputError if variables are not finite, or not those that the ModelInfo beside them was written for."""
+    for keys, leaf in jax.tree.leaves_with_path(variables):
+        if not np.isfinite(leaf).all():
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise InputError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
+    if info.sha256 not in (None, hash_of_variables(variables)):
+        raise InputError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
 
 
 def read_info(directory):
@@ -115,13 +124,11 @@ def _restore(path, shapes):
         reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
         raise InputError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {reason}") from error
     for (keys, leaf), shape in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(shapes), strict=True):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
         if leaf.shape != shape.shape:
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise InputError(
                 f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
             )
-        if not np.isfinite(leaf).all():
-            raise InputError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
 
 

@@ -146,9 +146,18 @@ def test_damaged_safetensors_are_refused(small, tmp_path, call, refused):
     (tmp_path / "text.safetensors").write_text("hello")
     tensors = load_file(whole)
     save_file(tensors, tmp_path / "strange.safetensors")
+    described = {"format": "flax", **metadata_of(load_directory(small)[2])}
+    changed = {name: tensor + (name == "params/fc/bias") for name, tensor in tensors.items()}
+    save_file(changed, tmp_path / "changed.safetensors", described)
     del tensors["params/fc/bias"]
-    save_file(tensors, tmp_path / "fewer.safetensors", {"format": "flax", **metadata_of(DIGITS)})
-    cases = {"cut": "is damaged", "text": "is damaged", "strange": "does not describe", "fewer": "other tensors"}
+    save_file(tensors, tmp_path / "fewer.safetensors", described)
+    cases = {
+        "cut": "is damaged",
+        "text": "is damaged",
+        "changed": "not those that were saved",
+        "strange": "does not describe",
+        "fewer": "other tensors",
+    }
     for name, told in cases.items():
         assert told in refused(export.main, tmp_path / f"{name}.safetensors", "--format", "onnx"), name
     assert "no moving averages" in refused(export.main, whole, "--ema", "--format", "onnx")
@@ -173,7 +182,8 @@ def test_pytorch_files_load_strictly_in_their_projects_networks(ten_classes, tmp
 
 def test_a_file_that_computes_something_else_is_not_written(small, tmp_path, call):
     _, variables, _ = load_directory(small)
-    variables["params"]["fc"]["bias"][0] = np.nan  # Which equals nothing.
+    variables["params"]["fc"]["bias"][:2] = 3.4e38, -3.4e38
+    variables["params"]["fc"]["kernel"][:, 0] = 3e38  # Beyond float32: infinity, whose difference is no number.
     save_model(tmp_path / "broken", DIGITS, variables)
     before = sorted(tmp_path.rglob("*"))
     status, out, stderr = call(export.main, tmp_path / "broken", "--format", "onnx", "--out", tmp_path / "out")

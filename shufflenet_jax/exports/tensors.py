@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..checkpoint import module_of
+from ..checkpoint import module_of, require_sound
 from ..config import ModelInfo
 from ..errors import InputError
 from ..model import variable_shapes
@@ -49,7 +49,9 @@ def read_safetensors(path, **settings):
     shapes = {name: leaf.shape for name, leaf in flatten_dict(variable_shapes(module), sep="/").items()}
     if {name: array.shape for name, array in flat.items()} != shapes:
         raise InputError(f"{path} holds other tensors than the network that it describes; export it again")
-    return module, unflatten_dict(flat, sep="/"), info
+    variables = unflatten_dict(flat, sep="/")
+    require_sound(path, variables, info)
+    return module, variables, info
 
 
 def save_torch(path, model, dialect):
