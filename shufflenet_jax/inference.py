@@ -170,6 +170,7 @@ def _adapted(module, variables, info, num_classes, in_chans, seed):
     params = dict(variables["params"])
     changes = {"num_classes": num_classes, "in_chans": in_chans}
     module = module.clone(**changes)
+    changes["sha256"] = None
     if num_classes != info.num_classes:
         params.pop("fc", None)
         if num_classes:

@@ -18,7 +18,7 @@ from PIL import Image
 from serving import serving
 
 import shufflenet_jax as snet
-from shufflenet_jax.checkpoint import VARIABLES, TrainingCheckpoints
+from shufflenet_jax.checkpoint import VARIABLES, TrainingCheckpoints, hash_of_variables
 from shufflenet_jax.commands import from_torch, models, predict, publish
 from shufflenet_jax.loading import load_model
 
@@ -313,7 +313,7 @@ def test_a_published_model_has_its_hash_in_its_name_and_gives_the_same(model, te
     path = tmp_path / "out" / os.path.basename(out.strip())
     assert (status, stderr) == (0, "") and out.strip() == str(path)
     given = snet.get_model(path)
-    digest = publish.hash_of(given.variables)
+    digest = hash_of_variables(given.variables)
     assert path.name == f"net_10-{digest[:8]}" and os.listdir(tmp_path / "out") == [path.name]
     assert sorted(os.listdir(path)) == ["README.md", "model.json", "variables"]
     images = RNG.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
@@ -332,7 +332,7 @@ def test_of_a_training_the_best_is_published_without_its_history_and_places(mode
     assert status == 0
     given = snet.get_model(out.strip())
     assert_array_equal(given.variables["params"]["fc"]["kernel"], model.variables["params"]["fc"]["kernel"])
-    assert publish.hash_of(given.variables) == publish.hash_of(model.variables)
+    assert hash_of_variables(given.variables) == hash_of_variables(model.variables)
     assert given.info.source["config"] == {**given.info.source["config"], "data": "pets", "width": 0.5}
     written = "".join(path.read_text() for path in tmp_path.rglob("*.[jm][sd]*"))
     assert "pets" in written and "/home/me" not in written and "top-1" not in written
