@@ -88,7 +88,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
             "and give --data-dir DIR"
         )
     truth = "real_label" if multi_label and "label" not in info.features else "label"
-    labels = info.features[truth] if truth in info.features else None
+    labels = dict(info.features.items()).get(truth)
     labels = getattr(labels, "feature", labels)  # That of a sequence.
     if "image" not in info.features or not isinstance(labels, tfds.features.ClassLabel):
         raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label of a class")
