@@ -3,11 +3,12 @@
 import hashlib
 import http.client
 import os
-import sys
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from typing import NamedTuple
 
+from .cli import progress, tell
 from .errors import InputError
 from .files import cache_dir, hash_of, locked, written_aside
 
@@ -17,6 +18,7 @@ OPENMMLAB = "https://download.openmmlab.com/mmclassification/v0/shufflenet_v2/"
 UNREACHED = (OSError, ValueError, http.client.HTTPException)  # What urllib raises.
 SILENT_SECONDS = 60  # After which a server that sends nothing is given up.
 LARGEST_DOWNLOAD = 100_000_000  # Bytes: three times the largest published file, and more than photographs have.
+CHUNK = 2**16  # Bytes.
 PYTORCH = "https://download.pytorch.org/models/"
 
 
@@ -106,9 +108,9 @@ def file_of(name):
 
 def _download(url, target, sha256):
     elsewhere = f"download it elsewhere and put it at {target}, or name a mirror in {MIRROR}"
-    print(f"downloading {url}", file=sys.stderr)
+    tell(f"downloading {url}")
     try:
-        content = fetch(url, seconds=SILENT_SECONDS)
+        content = fetch(url, seconds=SILENT_SECONDS, told=target.name)
     except UNREACHED as error:
         raise InputError(f"{url} cannot be downloaded ({reason_of(error)}); {elsewhere}") from error
     if not hashlib.sha256(content).hexdigest().startswith(sha256):
@@ -117,22 +119,32 @@ def _download(url, target, sha256):
         draft.write_bytes(content)
 
 
-def fetch(url, *, seconds):
-    """The bytes at an address, at most LARGEST_DOWNLOAD of them; a server that is silent for so long is given up.
+def fetch(url, *, seconds, told=None):
+    """The bytes at an address, at most LARGEST_DOWNLOAD of them.
 
+    Args:
+      url: the address.
+      seconds: a server that is silent for so long is given up.
+      told: what a progress bar calls it; None shows none.
     Raises:
       one of UNREACHED: it cannot be had, is too large, or is cut off.
     """
     # Some servers refuse urllib's own name.
     request = urllib.request.Request(url, headers={"User-Agent": "shufflenet-jax"})
+    content = bytearray()
     with urllib.request.urlopen(request, timeout=seconds) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
-        content = answer.read(LARGEST_DOWNLOAD + 1) if size <= LARGEST_DOWNLOAD else b""
+        bar = progress(total=size or None, unit="B", unit_scale=True, desc=told) if told else nullcontext()
+        with bar:
+            while max(size, len(content)) <= LARGEST_DOWNLOAD and (part := answer.read(CHUNK)):
+                content += part
+                if told:
+                    bar.update(len(part))
     if max(size, len(content)) > LARGEST_DOWNLOAD:
         raise OSError(f"it has more than {LARGEST_DOWNLOAD:,} bytes")
     if len(content) < size:
         raise OSError(f"it was cut off after {len(content):,} of {size:,} bytes")
-    return content
+    return bytes(content)
 
 
 def reason_of(error):

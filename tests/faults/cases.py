@@ -231,6 +231,19 @@ def model_used(scene):
     return scene.case("eval", "--checkpoint", path, "--data", images, right=figures_are(expected if exact else None))
 
 
+def tensors_used(scene):
+    """A damaged .safetensors file; its header may come to describe another preparation of images."""
+    path = scene.copy(scene.originals.tensors(), "net.safetensors")
+    damage = mutations.damage_file if scene.rng.random() < 0.85 else mutations.damage_entry
+    scene.say(damage(scene.rng, path))
+    command = scene.rng.choice(("eval", "info", "export"))
+    if command == "eval":
+        return scene.case("eval", "--checkpoint", path, "--data", scene.originals.images(), right=figures_are())
+    if command == "info":
+        return scene.case("info", "--checkpoint", path)
+    return scene.case("export", path, "--format", "safetensors", "--out", scene.out / "net.safetensors")
+
+
 def predicted(answer, again):
     rows = [json.loads(line) for line in answer.stdout.splitlines()]
     scores = [entry["score"] for row in rows for entry in row["topk"]]
@@ -468,6 +481,7 @@ def bad_places(scene):
             ("predict", images / "val/kind0/6.png", "--checkpoint", model, "--save-picture", bad),
             ("predict", images / "val/kind0/6.png", "--checkpoint", model, "--features", bad),
             ("publish", model, "--name", "net", "--licence", "MIT", "--out", bad),
+            ("export", model, "--format", "safetensors", "--out", bad),
             ("prepare", "--source", images, "--name", "pets", "--processes", 1, "--out", bad),
             ("verify", images, "--preview", bad),
             ("plot", bad),
@@ -524,6 +538,7 @@ KINDS = {  # name: (how often, what makes it)
     "torch file used": (3, torch_file_used),
     "convert back": (8, convert_back),
     "model used": (13, model_used),
+    "tensors used": (4, tensors_used),
     "data used": (16, data_used),
     "images predicted": (10, images_predicted),
     "prepare": (12, prepare),

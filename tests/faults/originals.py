@@ -79,6 +79,10 @@ class Originals:
         self.command("convert", self.torch_file("mmpretrain", "zip"), "--out", path, "--no-verify")
 
     @made_once
+    def tensors(self, path):
+        self.command("export", self.model(), "--format", "safetensors", "--out", path)
+
+    @made_once
     def images(self, path):
         """Class folders, and a list of the same images in meta/."""
         rng, lines = np.random.default_rng(0), {"train": [], "val": []}
