@@ -106,18 +106,21 @@ def read_predictions(path, keys=("name", "label", "logits")):
     # What NumPy and zipfile raise of damaged files; the last of shapes that no memory holds.
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, *DAMAGED_ZIP, MemoryError) as error:
         raise InputError(f"{path} holds no predictions of eval.py: {error}") from error
-    label, logits = found["label"], found["logits"]
+    label, logits, name = found["label"], found["logits"], found.get("name")
     if not (
         all(isinstance(array, np.ndarray) for array in found.values())
         and logits.ndim == 2
         and 0 not in logits.shape
-        and all(array.shape == logits.shape[:1] for key, array in found.items() if key != "logits")
-        and np.issubdtype(label.dtype, np.integer)
         and np.issubdtype(logits.dtype, np.floating)
-        and np.isfinite(logits).all()
-        and np.issubdtype(found.get("name", np.array("")).dtype, np.str_)
-        and label.min() >= 0
+        and np.isfinite(logits.max(1)).all()  # Classes that did not compete have -inf.
+        and label.ndim in (1, 2)
+        and label.shape[:1] == logits.shape[:1]
+        and 0 not in label.shape
+        and np.issubdtype(label.dtype, np.integer)
+        and label.reshape(len(logits), -1)[:, 0].min() >= 0
+        and label.min() >= -1
         and label.max() < logits.shape[1]
+        and (name is None or (name.shape == logits.shape[:1] and np.issubdtype(name.dtype, np.str_)))
     ):
         raise InputError(f"{path} holds no predictions of eval.py: a name, a label and finite logits for each image")
     return found

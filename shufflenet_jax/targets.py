@@ -74,4 +74,6 @@ def load_predictions(path, source):
             f"teacher {path} has logits of shape {stored['logits'].shape}, but the training data {shape}: make them "
             "with eval.py --predictions on the same data and split"
         )
+    if not np.isfinite(stored["logits"]).all():
+        raise InputError(f"teacher {path} chose among some classes only; make its logits without --subset")
     return stored

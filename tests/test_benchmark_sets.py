@@ -95,7 +95,7 @@ def test_v2_is_judged_among_all_classes(evaluated):
     assert figures["images"] == 6 and "classes" not in figures
 
 
-def test_a_and_r_are_judged_among_the_classes_that_occur_and_sketch_if_asked(evaluated):
+def test_a_and_r_are_judged_among_the_classes_that_occur_and_sketch_if_asked(evaluated, tmp_path):
     _, alike = evaluated("imagenet_sketch")
     present = sorted(set(LABELS))
     logits, labels = alike["logits"][:, present], alike["label"]
@@ -109,6 +109,9 @@ def test_a_and_r_are_judged_among_the_classes_that_occur_and_sketch_if_asked(eva
         own = shares(logits)[np.arange(6), np.searchsorted(present, labels)]
         # The loss is a sum in float32, given to six decimals.
         assert_allclose(figures["loss"], -np.log(own).mean(), rtol=1e-5)
+    np.savez(tmp_path / "kept.npz", **rows)
+    again, _ = evaluated("imagenet_r", "--compare", tmp_path / "kept.npz")
+    assert again["compare"]["agreement"] == 100
 
 
 def test_real_counts_any_of_an_images_labels_and_leaves_out_those_without(evaluated, tmp_path, imagenet_model):
@@ -123,6 +126,9 @@ def test_real_counts_any_of_an_images_labels_and_leaves_out_those_without(evalua
     own = [share[truth].sum() for share, truth in zip(shares(rows["logits"]), truths, strict=True)]
     assert_allclose(figures["loss"], -np.log(own).mean(), rtol=1e-5)
     assert figures["compare"]["agreement"] == 100 and figures["compare"]["both"] == figures["top1_correct"]
+    np.savez(tmp_path / "kept.npz", **rows)
+    again, _ = evaluated("imagenet2012_real", "--compare", tmp_path / "kept.npz")
+    assert again["compare"] == figures["compare"]
     assert "imagenet2012_real" in report.read_text()
 
 
