@@ -1,4 +1,4 @@
-"""The pages of docs that start processes and benchmarks, followed as `tests/test_docs.py` follows the others."""
+"""The pages of docs, followed as `tests/test_docs.py` follows README: in shares those that start benchmarks."""
 
 import os
 import sys
@@ -13,7 +13,8 @@ from conftest import call, own_cache  # noqa: F401
 from pages import quick_compilation, reader, things  # noqa: F401
 
 SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
-FOLLOWED = pages.LONG[: max(1, round(len(pages.LONG) * SHARE))]
+SHORT = [page.stem for page in pages.PAGES if page.parent.name == "docs" and page.stem not in pages.LONG]
+FOLLOWED = [*SHORT, *pages.LONG[: max(1, round(len(pages.LONG) * SHARE))]]
 
 
 @pytest.mark.parametrize("name", FOLLOWED)

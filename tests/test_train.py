@@ -27,8 +27,23 @@ from shufflenet_jax.finetuning import initial_variables
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.targets import load_predictions
 
-SMALL = ("--config", "digits", "--image-size", 16)
-TINY = (*SMALL, "--epochs", 2, "--eval-every", 1, "--log-every", 10, "--mixup", 0.2, "--ema-decay", 0.9)
+TINY = (
+    "--config",
+    "digits",
+    "--image-size",
+    16,
+    "--epochs",
+    2,
+    "--eval-every",
+    1,
+    "--log-every",
+    10,
+    "--mixup",
+    0.2,
+    "--ema-decay",
+    0.9,
+)
+SMALL = ("--config", "digits", "--image-size", 16, "--lowering", "plain")  # Compiles sooner.
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -355,7 +370,7 @@ def test_a_folder_that_is_no_training_is_left_alone(ten_classes, tmp_path, refus
 
 
 def test_a_run_that_never_saved_anything_may_change_its_settings(tmp_path):
-    argv = (*TINY, "--learning-rate", 1e30, "--log-every", 3, "--workdir", tmp_path / "run")
+    argv = (*SMALL, "--learning-rate", 1e30, "--log-every", 3, "--workdir", tmp_path / "run")
     with pytest.raises(InputError, match=r"not finite at step .*; no checkpoint was saved yet"):
         train.main(list(map(str, argv)))
     info = tmp_path / "run/model.json"

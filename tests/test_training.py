@@ -308,18 +308,17 @@ EVERYTHING = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.
 
 
 @pytest.mark.parametrize(
-    ("recipe", "routes"),
-    [({}, [ALONE, (4, 1), (1, 4)]), (EVERYTHING, [ALONE, TOGETHER])],
+    ("recipe", "routes", "lowering"),
+    [({}, [ALONE, (4, 1), (1, 4)], "planar"), (EVERYTHING, [ALONE, TOGETHER], "plain")],
     ids=["in1k", "everything"],
 )
-def test_devices_and_parts_do_not_change_a_training(x64, small_networks, recipe, routes):
+def test_devices_and_parts_do_not_change_a_training(x64, small_networks, recipe, routes, lowering):
     """Twenty steps over two epochs with uneven last batches; small ones, lest the network amplify rounding."""
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
     data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None, tuple)
-    base = dataclasses.replace(IN1K, image_size=32, crop="center", batch_size=32, bn_group_size=8, learning_rate=1e-4)
-    module = ShuffleNetV2(
-        width=0.5, num_classes=10, small_stem=True, dropout=recipe.get("dropout", 0), dtype=np.float64
-    )
+    base = dataclasses.replace(IN1K, image_size=16, crop="center", batch_size=32, bn_group_size=8, learning_rate=1e-4)
+    settings = {"dropout": recipe.get("dropout", 0), "dtype": np.float64, "lowering": lowering}
+    module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, **settings)
     variables = jax.tree.map(np.asarray, model.init_variables(module))
     ends = {}
     for count, parts in routes:
