@@ -26,7 +26,7 @@ demo: $(VENV)/demo.stamp
 test: lint
 	$(BIN)/python -m pytest
 
-# The long proofs, some half an hour; SHARE=0.1 runs a tenth of them.
+# The long proofs, some two hours; SHARE=0.1 runs a tenth of them.
 prove: export SHARE ?= 1
 prove: $(VENV)/test.stamp
 	$(BIN)/python -m pytest proofs

@@ -101,7 +101,7 @@ def show(found):
         batches = sorted({batch for k, _, batch in found if k == kind})
         if not batches:
             continue
-        heads = " | ".join(f"{kind} {batch} | ours is" for batch in batches)
+        heads = " | ".join(f"{kind} {batch} | our time / theirs" for batch in batches)
         last = " peak memory, MiB |" if kind == "training" else ""
         print(f"| contender | {heads} |{last}")
         print(f"| --- |{' --- | --- |' * len(batches)}{' --- |' if last else ''}")

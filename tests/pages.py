@@ -40,7 +40,9 @@ SCRIPTS = {
 LONG = ("hosts", "training", "faster")
 # The commands keep their words; these behind them make them short.
 SHORTER = {
-    "train": shlex.split("--steps 2 --batch-size 8 --eval-batch-size 8 --image-size 32 --eval-every 100"),
+    "train": shlex.split(
+        "--steps 2 --batch-size 8 --bn-group-size 0 --eval-batch-size 8 --image-size 32 --eval-every 100"
+    ),
     "eval": ["--limit", "2"],
     "benchmarks/distillation": ["--epochs", "1", "--teacher-epochs", "1", "--seeds", "1"],
     "benchmarks/evaluation": ["--rounds", "1"],

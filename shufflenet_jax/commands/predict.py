@@ -78,7 +78,7 @@ def parse(argv):
     parser = CommandLine(prog="shufflenet-jax predict", description=DESCRIPTION)
     told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
-    told = f"a published name, a model directory, a training workdir or a .pth file (default: {CARD})"
+    told = f"a published name, a model directory, a training workdir, a .pth or .safetensors file (default: {CARD})"
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--topk", type=positive_integer, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
