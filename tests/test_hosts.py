@@ -22,9 +22,9 @@ from shufflenet_jax.commands import evaluate, train
 RUN = (
     *("--config", "digits", "--image-size", "8", "--epochs", "2", "--eval-every", "1", "--log-every", "5"),
     *("--dtype", "float64", "--learning-rate", "1e-4", "--bn-group-size", "16", "--ema-decay", "0.9", "--keep", "5"),
-    *("--lowering", "plain"),  # Compiles sooner.
+    *("--batch-size", "128", "--lowering", "plain"),  # Few steps, compiled sooner.
 )
-LAST = 46
+LAST = 24
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +99,7 @@ def leaves_of(folder):
 
 def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with_one_goes_on(alone, tmp_path):
     """A scheduler stops one of them in the second epoch, and both save."""
-    ended = end(start_two(tmp_path / "run", at=((), ("--at", "30", "SIGTERM"))))
+    ended = end(start_two(tmp_path / "run", at=((), ("--at", "16", "SIGTERM"))))
     (status, out, told), (other_status, other_out, other_told) = ended
     assert status == other_status == 0, told + other_told
     assert "2 process(es) with 2 device(s) each" in told and "on 4 device(s)" in told and "top-1" in told
@@ -108,7 +108,7 @@ def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with
     states, others = ([line for line in words.splitlines() if "state" in line] for words in (out, other_out))
     assert len(states) == 2 and states == others
     stopped = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit())
-    assert 30 < stopped < LAST and f"stopped after step {stopped}, which is saved" in told
+    assert 16 < stopped < LAST and f"stopped after step {stopped}, which is saved" in told
 
     ((status, _, told),) = end([start(tmp_path / "run", devices=1)])
     assert status == 0 and f"going on after step {stopped}" in told and "on 1 device(s)" in told
@@ -122,7 +122,7 @@ def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, 
         status, _, told = call(train.main, *RUN, "--workdir", workdir)
     assert status == 0 and "stopped after step 7, which is saved" in told
     began = time.monotonic()
-    (status, _, told), (killed, _, _) = end(start_two(workdir, at=((), ("--at", "12", "SIGKILL"))))
+    (status, _, told), (killed, _, _) = end(start_two(workdir, at=((), ("--at", "10", "SIGKILL"))))
     assert killed == -signal.SIGKILL and status not in (0, killed) and time.monotonic() - began < 120
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert "going on after step 7" in told and len(errors) == 1 and "its output says why" in errors[0]
