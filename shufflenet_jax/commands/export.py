@@ -64,10 +64,8 @@ def exported(options, model, data, calibration, draft):
     """Writes and compares the file; returns how far it is from ours in words. Raises Differs if that is too far."""
     try:
         written = WRITERS.get(options.format, write_torch)(options, model, draft)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--format {options.format} needs {error.name}, which is not installed: pip install {error.name}"
-        ) from error
+    except ImportError as error:
+        raise InputError(f"--format {options.format} cannot be written: {error}; install requirements.txt") from error
     told = checked(options, model, data, written, exact=True)
     if calibration:
         with_8_bits = write_8_bits(options, model, calibration, draft)
