@@ -336,10 +336,10 @@ def print_schedule(config, picture):
     schedule = jax.jit(jax.vmap(make_schedule(config, epoch)))
     edges = {warmup - 1, warmup} if warmup else set()
     steps = np.array(sorted({*edges, *range(0, total, -(-total // 20)), total - 1}))
-    rates = schedule(steps)
+    rates, highest = schedule(steps), peak_rate(config) or 1.0
     print(f"{describe_run(config, epoch)}\n{'step':>10}{'epoch':>9}{'learning rate':>15}")
     for step, rate in zip(steps, rates, strict=True):
-        bar = "#" * round(float(40 * rate / peak_rate(config)))
+        bar = "#" * round(float(40 * rate / highest))
         print(f"{step:10,}{step / epoch.steps:9.2f}{rate:15.6g}  {bar}".rstrip())
     if picture is not True:
         every = np.unique(np.linspace(0, total - 1, 2000).astype(int))
