@@ -73,8 +73,7 @@ def count(module, height, width):
     for name, (end, view) in ends.items():
         here = [operation for operation in operations if _stage_of(operation.kernel) == name]
         multiply_adds = sum(operation.multiply_adds for operation in here)
-        # A folded network has no batch norms, the classifier none in any case.
-        normalized = sum(o.outputs for o in here if o.kernel.removesuffix("conv/kernel") + "bn/scale" in sizes)
+        normalized = sum(o.outputs for o in here if o.kernel.endswith("conv/kernel"))  # Not the classifier's.
         stages.append(
             Stage(
                 name=name,

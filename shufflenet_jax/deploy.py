@@ -1,6 +1,6 @@
-"""A trained network in the form in which it predicts fastest: batch norm folded into the convolutions.
+"""A trained network in the form in which it predicts fastest: batch norm folded into the convolutions, no shuffles.
 
-In the planar lowering also without shuffles: `plan` follows where each channel goes, and weights are permuted to match.
+`plan` follows where each channel goes, and weights are permuted to match.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import ops, planar
+from . import ops, plain
 from .model import EPSILON, UNITS, ShuffleNetV2
 
 
@@ -26,22 +26,53 @@ class Deployed:
 
     def apply(self, weights, images):
         """(logits, features) of images (B, H, W, C), as `ShuffleNetV2` has them, but for inference only."""
-        if _is_planar(self.module):
-            return _apply_planar(self.module, weights, images)
-        return self.module.clone(folded=True).apply(weights, images)
+        module, params, dtype = self.module, weights["params"], self.module.dtype
+        lower = ops.for_inference(module.lowering)
+
+        def layers(x, unit, *names, stride=1):
+            """One after the other, with bias and ReLU but behind depthwise ones; the stride is the 3x3 one's."""
+            for name in names:
+                conv = unit[name]["conv"]
+                kernel = conv["kernel"].astype(dtype)
+                groups = x.shape[-1] // kernel.shape[2]
+                x = lower.conv(x, kernel, stride=stride if len(kernel) > 1 else 1, groups=groups)
+                x = jax.nn.relu(x + plain.per_channel(conv["bias"].astype(dtype))) if "bias" in conv else x
+            return x
+
+        right_branch = "right_pw1", "right_dw", "right_pw2"
+        x = layers(images.astype(dtype), params, "conv1", stride=1 if module.small_stem else 2)
+        x = x if module.small_stem else lower.max_pool(x)
+        features = {"stem": x}
+        for stage, steps, positions in plans(module, params):
+            unit = params[f"{stage}_unit0"]
+            pieces = [layers(x, unit, "left_dw", "left_pw", stride=2), layers(x, unit, *right_branch, stride=2)]
+            for index, step in enumerate(steps, start=1):
+                right = jnp.concatenate([pieces[piece][..., channels] for piece, channels in step.right], -1)
+                right = layers(right, params[f"{stage}_unit{index}"], *right_branch)
+                pieces = [*(pieces[piece][..., channels] for piece, channels in step.left), right]
+            x = jnp.concatenate(pieces, -1)
+            features[stage] = x[..., np.argsort(positions)]
+        if not module.conv5:
+            return None, features
+
+        features["conv5"] = x = layers(x, params, "conv5")
+        stored = jnp.promote_types(dtype, jnp.float32)
+        features["pooled"] = x = plain.global_mean(x.astype(stored))
+        if not module.num_classes:
+            return None, features
+        logits = x @ params["fc"]["kernel"].astype(stored)
+        return logits + params["fc"]["bias"][None] if "bias" in params["fc"] else logits, features
 
 
 def deploy(module, variables):
     """(Deployed, its weights) of a ShuffleNetV2 and its variables {"params", "batch_stats"}, on the host."""
-    folded = fold(variables)
-    if _is_planar(module):
-        folded = arrange(module, folded)
+    folded = arrange(module, fold(variables))
     stored = jnp.promote_types(module.dtype, jnp.float32)
     return Deployed(module), jax.tree.map(lambda leaf: np.asarray(leaf, stored), {"params": folded})
 
 
 def fold(variables):
-    """The parameters of a `ShuffleNetV2(folded=True)`: in float64, {layer: {"conv": {"kernel", "bias"}}} and "fc"."""
+    """Parameters with batch norm in the convolutions: in float64, {layer: {"conv": {"kernel", "bias"}}} and "fc"."""
 
     def merge(params, statistics):
         if "conv" not in params:
@@ -57,10 +88,6 @@ def fold(variables):
     params = dict(variables["params"])
     classifier = {"fc": params.pop("fc")} if "fc" in params else {}
     return {**merge(params, variables["batch_stats"]), **classifier}
-
-
-def _is_planar(module):
-    return ops.resolve(module.lowering) is planar
 
 
 class Step(NamedTuple):
@@ -145,46 +172,3 @@ def arrange(module, folded):
     if module.conv5:
         reorder(params["conv5"], order)
     return params
-
-
-def _apply_planar(module, weights, images):
-    params, dtype = weights["params"], module.dtype
-    x = planar.enter(images.astype(dtype))
-    x = _layer(x, params["conv1"], stride=1 if module.small_stem else 2)
-    x = x if module.small_stem else planar.max_pool(x)
-    features = {"stem": planar.leave(x)}
-
-    for stage, steps, positions in plans(module, params):
-        unit = params[f"{stage}_unit0"]
-        left = _layer(_layer(x, unit["left_dw"], stride=2), unit["left_pw"])
-        pieces = [left, _right_branch(x, unit, stride=2)]
-        for index, step in enumerate(steps, start=1):
-            x = jnp.concatenate([pieces[piece][channels] for piece, channels in step.right])
-            right = _right_branch(x, params[f"{stage}_unit{index}"], stride=1)
-            pieces = [*(pieces[piece][channels] for piece, channels in step.left), right]
-        x = jnp.concatenate(pieces)
-        features[stage] = planar.leave(x[np.argsort(positions)])
-    if not module.conv5:
-        return None, features
-
-    x = _layer(x, params["conv5"])
-    features["conv5"] = planar.leave(x)
-    stored = jnp.promote_types(dtype, jnp.float32)
-    features["pooled"] = x = planar.global_mean(x.astype(stored))
-    if not module.num_classes:
-        return None, features
-    logits = x @ params["fc"]["kernel"].astype(stored)
-    return logits + params["fc"]["bias"][None] if "bias" in params["fc"] else logits, features
-
-
-def _right_branch(x, unit, *, stride):
-    return _layer(_layer(_layer(x, unit["right_pw1"]), unit["right_dw"], stride=stride), unit["right_pw2"])
-
-
-def _layer(x, layer, *, stride=1):
-    """A convolution and, unless it is a depthwise one, bias and ReLU."""
-    kernel = layer["conv"]["kernel"].astype(x.dtype)
-    x = planar.conv(x, kernel, stride=stride, groups=x.shape[0] // kernel.shape[2])
-    if "bias" not in layer["conv"]:
-        return x
-    return jax.nn.relu(x + planar.per_channel(layer["conv"]["bias"].astype(x.dtype)))

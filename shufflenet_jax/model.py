@@ -41,7 +41,6 @@ class Conv(nn.Module):
     lowering: str = "auto"
     initial: str = "mmpretrain"
     stddev: float | None = None  # Of MMPretrain's initial weights; by default 1 / (I / groups).
-    bias: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -50,11 +49,7 @@ class Conv(nn.Module):
         init = UNIFORM if self.initial == "pytorch" else nn.initializers.normal(self.stddev or 1 / fan)
         kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        x = lower.conv(x, kernel, stride=self.stride, groups=self.groups)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), _stored(self.dtype))
-            x = x + lower.per_channel(bias.astype(self.dtype))
-        return x
+        return lower.conv(x, kernel, stride=self.stride, groups=self.groups)
 
 
 class BatchNorm(nn.Module):
@@ -86,7 +81,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm (folded: a bias in its place) and, where asked for, ReLU."""
+    """Convolution, batch norm and, where asked for, ReLU."""
 
     features: int
     size: int
@@ -96,7 +91,6 @@ class ConvBN(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     lowering: str = "auto"
-    folded: bool = False
     initial: str = "mmpretrain"
     stddev: float | None = None
 
@@ -111,11 +105,8 @@ class ConvBN(nn.Module):
             self.lowering,
             self.initial,
             self.stddev,
-            bias=self.folded,
             name="conv",
         )
-        if self.folded:
-            return nn.relu(conv(x)) if self.relu else conv(x)
         return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x), rows)
 
 
@@ -132,12 +123,11 @@ class Unit(nn.Module):
     train: bool
     dtype: Any = jnp.float32
     lowering: str = "auto"
-    folded: bool = False
     initial: str = "mmpretrain"
 
     @nn.compact
     def __call__(self, x, rows):
-        names = ("train", "dtype", "lowering", "folded", "initial")
+        names = ("train", "dtype", "lowering", "initial")
         layer = partial(ConvBN, **{name: getattr(self, name) for name in names})
         axis = ops.resolve(self.lowering).CHANNELS
         inputs = x.shape[axis]
@@ -191,7 +181,6 @@ class ShuffleNetV2(nn.Module):
     dropout: float = 0.0  # Before the classifier; Megvii trains 2.0x with 0.2.
     dtype: Any = jnp.float32  # Of the computation: bfloat16 keeps parameters, statistics and logits in float32.
     lowering: str = "auto"  # See ops.py; "plain" is the reference.
-    folded: bool = False  # For inference alone: batch norm is part of the convolutions, as `deploy.fold` makes it.
     remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
     frozen: tuple[
         str, ...
@@ -204,13 +193,11 @@ class ShuffleNetV2(nn.Module):
             raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}, {self.initial!r}")
         if self.num_classes and not self.conv5:
             raise ValueError("a classifier needs conv5")
-        if self.folded and train:
-            raise ValueError("a folded network has no batch norm to train")
         if images.ndim != 4 or images.shape[-1] != self.in_chans:
             raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
 
         *stage_channels, conv5_channels = CHANNELS[self.width]
-        names = ("dtype", "lowering", "folded", "initial")
+        names = ("dtype", "lowering", "initial")
         common = {name: getattr(self, name) for name in names}
 
         def training(layer):

@@ -8,7 +8,7 @@ gives the same numbers.
 import jax
 import jax.numpy as jnp
 
-from . import plain, planar
+from . import direct, plain, planar
 
 LOWERINGS = ("auto", "planar", "plain")
 MODULES = {"planar": planar, "plain": plain}
@@ -23,6 +23,11 @@ def resolve(lowering):
         # GPUs and TPUs have kernels for convolutions; nothing was measured on them that would speak against those.
         lowering = "planar" if jax.default_backend() == "cpu" else "plain"
     return MODULES[lowering]
+
+
+def for_inference(lowering):
+    """The module with the `conv` and `max_pool` of a trained network (see deploy.py), both on NHWC."""
+    return direct if resolve(lowering) is planar else plain
 
 
 def channel_shuffle(x, groups=2, *, axis=-1):

@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from . import plain
+from .direct import pad, taps
 
 CHANNELS = 0
-FEW = 8  # Images: with fewer, the stem's views are no long rows of numbers, and one matrix product is faster.
 PIXELS = (1, 2, 3)  # The axes H, W and N.
 
 
@@ -80,7 +80,7 @@ def max_pool(x):
 
 
 def _largest(x):
-    return jax.tree.reduce(lax.max, [tap for _, _, tap in _taps(_pad(x, -jnp.inf), 2, x.shape)])
+    return jax.tree.reduce(lax.max, [tap for _, _, tap in taps(pad(x, -jnp.inf), 2, x.shape)])
 
 
 def _max_pool_forward(x):
@@ -91,7 +91,7 @@ def _max_pool_forward(x):
 def _largest_and_place(x):
     # The place of the largest value in each window, the first of equals, as in PyTorch: a byte an output.
     largest = place = None
-    for row, column, tap in _taps(_pad(x, -jnp.inf), 2, x.shape):
+    for row, column, tap in taps(pad(x, -jnp.inf), 2, x.shape):
         if place is None:
             largest, place = tap, jnp.zeros(tap.shape, jnp.uint8)
         else:
@@ -122,13 +122,9 @@ def global_mean(x):
 def _stem(x, kernel, stride):
     """(I, H, W, N) by (3, 3, I, O) for images, that is for few I: a multiply-add for each tap and input channel.
 
-    With many images, gathering the 27 views for a matrix product would take longer than all of these together.
+    Gathering the 27 views for a matrix product would take longer than all of these together.
     """
-    # A number that an export leaves open is no int, and counts as many.
-    if not isinstance(x.shape[-1], int) or x.shape[-1] >= FEW:
-        return _sum_of_views(x, kernel, stride)
-    views = jnp.concatenate([tap for _, _, tap in _taps(_pad(x), stride, x.shape)])  # (9 I, H', W', N)
-    return _product(kernel.reshape(len(views), -1), views)
+    return _sum_of_views(x, kernel, stride)
 
 
 def _stem_forward(x, kernel, stride):
@@ -156,7 +152,7 @@ def _sum_of_views(x, kernel, stride):
 
 def _views(x, stride):
     """((row, column, input channel), view (1, H', W', N)) for each tap and channel, in the kernel's order."""
-    for row, column, tap in _taps(_pad(x), stride, x.shape):
+    for row, column, tap in taps(pad(x), stride, x.shape):
         for channel in range(x.shape[0]):
             yield (row, column, channel), tap[channel : channel + 1]
 
@@ -171,8 +167,8 @@ def _sum_of_taps(x, kernel, stride):
     # bfloat16 sums would lose digits at every tap; the wider sum costs nothing inside XLA's fusion.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = kernel.astype(wide)
-    taps = _taps(_pad(x), stride, x.shape)
-    return sum(tap.astype(wide) * per_channel(weights[row, column]) for row, column, tap in taps).astype(x.dtype)
+    found = taps(pad(x), stride, x.shape)
+    return sum(tap.astype(wide) * per_channel(weights[row, column]) for row, column, tap in found).astype(x.dtype)
 
 
 def _depthwise_forward(x, kernel, stride):
@@ -182,7 +178,7 @@ def _depthwise_forward(x, kernel, stride):
 def _depthwise_backward(stride, saved, dy):
     x, kernel = saved
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in _taps(_pad(x), stride, x.shape)]
+    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in taps(pad(x), stride, x.shape)]
     dkernel = jnp.stack(_sums(products)).reshape(kernel.shape).astype(kernel.dtype)
     if stride == 1:
         return _depthwise(dy, kernel[::-1, ::-1], 1), dkernel
@@ -312,23 +308,9 @@ def _matmul(weights, x, axis):
     return lax.dot_general(weights, _rows(x), (((axis,), (0,)), ((), ())))
 
 
-def _pad(x, value=0.0):
-    """A pixel more on every side."""
-    # The function of `lax`: that of `jnp` is a program of its own, which `_apart` would set apart too.
-    return lax.pad(x, jnp.array(value, x.dtype), ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
-
-
 def _pad_behind(x, value=0):
     """A pixel more below and to the right."""
     return jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=value)
-
-
-def _taps(padded, stride, shape):
-    """(row, column, view) for each tap of a 3x3 kernel: what it meets at each output pixel of an input's shape."""
-    height, width = (stride * ((length - 1) // stride) + 1 for length in shape[1:3])
-    for row in range(3):
-        for column in range(3):
-            yield row, column, padded[:, row : row + height : stride, column : column + width : stride]
 
 
 def _scatter(pixel, height, width):

@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from small_training import few_units
 
 from shufflenet_jax import ops
-from shufflenet_jax.deploy import deploy, fold, plan
+from shufflenet_jax.deploy import deploy, plan
 from shufflenet_jax.model import ShuffleNetV2, init_variables
 
 
@@ -95,10 +95,3 @@ def test_bfloat16_runs_and_stays_close():
     assert logits.dtype == jnp.float32 and features["stage2"].dtype == jnp.bfloat16
     difference = np.sqrt(np.mean((np.float32(features["stage2"]) - expected) ** 2) / np.mean(np.square(expected)))
     assert difference < 0.05  # Some 15 roundings to 8 bits deep: a few percent of the typical value.
-
-
-def test_a_folded_network_cannot_train():
-    module = ShuffleNetV2(width=0.5, folded=True)
-    params = fold(init_variables(module.clone(folded=False)))
-    with pytest.raises(ValueError, match="folded"):
-        module.apply({"params": params}, np.zeros((1, 32, 32, 3), np.float32), train=True)

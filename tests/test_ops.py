@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from shufflenet_jax import ops, plain, planar, rows
+from shufflenet_jax import direct, ops, plain, planar, rows
 
 SIZES = [(8, 8), (7, 9), (1, 5), (2, 1)]
 
@@ -60,6 +60,16 @@ def test_convolutions_and_their_gradients_are_pytorchs(x64, kernel, groups, size
     dx, dw = pull(cotangent)
     assert_allclose(dx, tensors[0].grad.numpy().transpose(0, 2, 3, 1), atol=1e-12)
     assert_allclose(dw, tensors[1].grad.numpy().transpose(2, 3, 1, 0), atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("kernel", "groups"), [((3, 3, 1, 6), 6), ((3, 3, 6, 4), 1), ((1, 1, 6, 4), 1)])
+def test_operations_for_inference_are_those_of_the_reference(x64, kernel, groups, size, stride):
+    x, weights = normal(2, *size, 6), normal(*kernel, seed=1)
+    ours, theirs = (lower.conv(x, weights, stride=stride, groups=groups) for lower in (direct, plain))
+    assert_allclose(ours, theirs, atol=1e-12)  # As above.
+    assert_allclose(direct.max_pool(x - 5), plain.max_pool(x - 5))
 
 
 @pytest.mark.parametrize("lower", [planar, plain])
@@ -153,6 +163,7 @@ def test_an_unknown_lowering_is_named():
         ops.resolve("fast")
 
 
-def test_a_convolution_that_the_network_does_not_have_is_refused_by_the_planar_lowering():
+@pytest.mark.parametrize("lower", [planar, direct])
+def test_a_convolution_that_the_network_does_not_have_is_refused(lower):
     with pytest.raises(ValueError, match="2 groups"):
-        planar.conv(np.ones((4, 4, 4, 1), np.float32), np.ones((3, 3, 2, 4), np.float32), groups=2)
+        lower.conv(np.ones((4, 4, 4, 1), np.float32), np.ones((3, 3, 2, 4), np.float32), groups=2)

@@ -6,10 +6,9 @@ from pathlib import Path
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from ..deploy import fold
+from ..deploy import Deployed, deploy
 from ..evaluation import forward
 from .comparison import last
 
@@ -19,15 +18,15 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def save(path, model, *, batch=None, with_preprocessing=False):
     """Writes a Model: float32 images (batch, side, side, C), or uint8 crops with preprocessing, to logits.
 
-    The file holds one set of weights, batch norm folded, and two lowerings of the network: the platform that it runs on
-    takes the one that is faster there. A `batch` of None leaves the number of images open.
+    The file holds one set of weights, batch norm folded, and two lowerings of their network: the platform that it runs
+    on takes the one that is faster there. A `batch` of None leaves the number of images open.
     """
     preprocess, module = model.info.preprocess, model.module
-    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), {"params": fold(model.variables)})
+    weights = deploy(module, model.variables)[1]
 
     def predict(lowering, weights, images):
-        lowered = module.clone(folded=True, lowering=lowering)
-        logits, features = forward(lowered, preprocess, weights, images)
+        deployed = Deployed(module.clone(lowering=lowering))
+        logits, features = forward(deployed, preprocess, weights, images)
         return last(logits, features)
 
     def network(images):
