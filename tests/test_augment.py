@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance
 
 from shufflenet_jax.config import MMPRETRAIN_EVAL, TORCHVISION_EVAL, TrainConfig
 from shufflenet_jax.data import augment, transforms
+from shufflenet_jax.data.jpeg import ORIENTATION, orientation_in
 from shufflenet_jax.data.sources import Example
 
 BASE = TrainConfig(data="digits", flip=False)
@@ -85,7 +86,7 @@ def test_the_exact_crop_is_pillows_resizing_of_the_cut_out_part():
 @pytest.mark.parametrize("preprocess", [MMPRETRAIN_EVAL, TORCHVISION_EVAL])
 def test_the_fast_crop_shows_the_same_part(size, orientation, preprocess):
     exif = Image.Exif()
-    exif[transforms.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     example = Example("x", jpeg(picture(*size), exif=exif), 0)
     halved = 0
     for seed in range(8):
@@ -102,11 +103,11 @@ def test_the_fast_crop_shows_the_same_part(size, orientation, preprocess):
 @pytest.mark.parametrize("stored", [0, 9, 300])
 def test_an_orientation_that_does_not_exist_counts_as_upright(stored):
     exif = Image.Exif()
-    exif[transforms.ORIENTATION] = stored
+    exif[ORIENTATION] = stored
     data = picture(300, 400)
     expected, seen = (row(jpeg(data, **kind), 3, transform="fast")["images"] for kind in ({}, {"exif": exif}))
     assert_array_equal(seen, expected)
-    assert transforms.orientation_in({transforms.ORIENTATION: "turned"}) == 1  # Damage may change the type too.
+    assert orientation_in({ORIENTATION: "turned"}) == 1  # Damage may change the type too.
 
 
 def test_flips_are_drawn_on_the_host_and_done_on_the_device():

@@ -85,13 +85,12 @@ def fast_random_crop(example, preprocess, min_area, rng):
         return min(box[2:]) >= 2 * side, box
 
     if isinstance(example.image, bytes):
-        pixels, half, box = transforms.decode_fast(example.image, preprocess.decoder, choose, example.name)
-        pixels = transforms.to_channels(pixels, preprocess.channels)
+        part = transforms.decode_part(example.image, preprocess.decoder, choose, example.name)
+        part = transforms.to_channels(part, preprocess.channels)
     else:
         pixels = transforms.pixels_of(example.image, preprocess, example.name)
-        half, box = False, choose(*pixels.shape[:2])[1]
-    top, left, height, width = (length // 2 if half else length for length in box)
-    part = pixels[top : top + height, left : left + width]
+        top, left, height, width = choose(*pixels.shape[:2])[1]
+        part = pixels[top : top + height, left : left + width]
     return cv2.resize(part, (side, side), interpolation=cv2.INTER_LINEAR).reshape(side, side, -1)
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..cli import usable_cores
 from ..errors import InputError
-from .transforms import decode, orientation_in
+from .jpeg import orientation_in
+from .transforms import decode
 
 AHEAD = 64  # Images under way at a time, for each thread.
 

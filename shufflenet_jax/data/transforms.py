@@ -14,12 +14,9 @@ import simplejpeg
 from PIL import Image
 
 from ..errors import InputError
+from . import jpeg
 
-ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
-JPEG = b"\xff\xd8"  # How such a file begins.
-MOST_PIXELS = 178_956_970  # Beyond which Pillow refuses an image.
 LONGEST = 100  # Times the short side: what is cut from the middle of a longer image shows next to nothing.
-EXIF = b"Exif\0\0"
 # What the decoders raise.
 DAMAGE = (
     *(ValueError, OSError, SyntaxError, LookupError, RuntimeError, EOFError, struct.error),
@@ -66,29 +63,36 @@ def decode(data, decoder, name="image"):
             return np.asarray(opened.convert("RGB"))
 
 
-def decode_fast(data, decoder, choose, name="image"):
-    """The same by libjpeg-turbo's fastest methods, whatever the decoder, which only says whether EXIF counts.
+def decode_part(data, decoder, choose, name="image"):
+    """A part of an image by libjpeg-turbo's fastest methods, decoding as little as possible of the rest.
 
     Args:
       data: encoded bytes.
-      decoder: as in `decode`.
-      choose: a function of height and width that returns (whether half of them would do, anything else).
+      decoder: as in `decode`; here it only says whether EXIF counts.
+      choose: a function of height and width that returns (whether half of the resolution would do, the part: top,
+        left, height and width).
       name: what errors call the image.
     Returns:
-      (uint8 (H, W, 3) in RGB, whether it is halved, what else `choose` returned).
+      uint8 (height, width, 3) in RGB, or half of both.
     """
     oriented = decoder == "cv2"
     with damage_named(name):
-        stored, orientation = _require_whole(data)
-        orientation = orientation if oriented else 1
-        half, chosen = choose(*(stored[::-1] if orientation >= 5 else stored))
-        if orientation == 1 and data.startswith(JPEG):
-            least = {"min_height": -(-stored[0] // 2), "min_width": -(-stored[1] // 2), "min_factor": 2} if half else {}
+        header = _require_whole(data)
+        upright = header.orientation < 5 or not oriented
+        half, box = choose(*(header[:2] if upright else header[1::-1]))
+        if data.startswith(jpeg.START) and (header.orientation == 1 or not oriented):
+            file, held = jpeg.cut(data, header, *box)
+            least = {"min_height": -(-held[2] // 2), "min_width": -(-held[3] // 2), "min_factor": 2} if half else {}
             # What it cannot do, like CMYK, is left to OpenCV.
             with contextlib.suppress(ValueError):
-                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, strict=False, **least)
-                return pixels, half, chosen
-        return _decode_opencv(data, oriented=oriented, half=half), half, chosen
+                pixels = simplejpeg.decode_jpeg(file, "RGB", fastdct=True, fastupsample=True, strict=False, **least)
+                return _part(pixels, (box[0] - held[0], box[1] - held[1], *box[2:]), half)
+        return _part(_decode_opencv(data, oriented=oriented, half=half), box, half)
+
+
+def _part(pixels, box, half):
+    top, left, height, width = (length // 2 if half else length for length in box)
+    return pixels[top : top + height, left : left + width]
 
 
 @contextlib.contextmanager
@@ -113,50 +117,15 @@ def _decode_opencv(data, *, oriented, half=False):
 
 
 def _require_whole(data):
-    """((height, width) as stored, EXIF orientation), after making sure that no part of the image was cut off.
+    """A jpeg.Header, after making sure that no part of the image was cut off; of other formats its first fields alone.
 
     OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses cut files, and so do we.
     """
-    if not data.startswith(JPEG):
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            return opened.size[::-1], orientation_in(opened.getexif())
-    size, orientation = (0, 0), 1
-    position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] not in (b"", b"\xda"):
-        marker = data[position + 1]
-        if marker == 0xFF:  # Any number of these may fill up before a marker.
-            position += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of a frame, not a table.
-            size = tuple(int.from_bytes(data[position + i : position + i + 2], "big") for i in (5, 7))
-        elif marker == 0xE1 and data.startswith(EXIF, position + 4):
-            orientation = _orientation(data[position + 4 : position + 2 + _length(data, position)])
-        position += 2 + _length(data, position)
-    if size[0] * size[1] > MOST_PIXELS:
-        raise ValueError(f"{size[1]} x {size[0]} pixels are too many")
-    # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
-    if data.rfind(b"\xff\xd9") < position:
-        raise ValueError("the file is truncated")
-    return size, orientation
-
-
-def _length(data, position):
-    """Bytes of a JPEG's segment behind its marker."""
-    return int.from_bytes(data[position + 2 : position + 4], "big")
-
-
-def _orientation(segment):
-    """The EXIF orientation, 1 to 8; what cannot be read counts as upright, as OpenCV has it."""
-    exif = Image.Exif()
-    with contextlib.suppress(SyntaxError, OSError, ValueError, struct.error):
-        exif.load(segment)
-    return orientation_in(exif)
-
-
-def orientation_in(exif):
-    """1 to 8; damaged EXIF holds anything."""
-    return found if (found := exif.get(ORIENTATION)) in range(1, 9) else 1
+    if data.startswith(jpeg.START):
+        return jpeg.read_header(data)
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        return jpeg.Header(opened.height, opened.width, jpeg.orientation_in(opened.getexif()))
 
 
 def to_channels(pixels, channels):
