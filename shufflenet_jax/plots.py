@@ -41,7 +41,7 @@ def plot_curves(workdir, *, title=None):
         _over_epochs(axes, ylabel=label, yscale=scale)
     if figure.axes[0].lines:
         figure.axes[0].legend(frameon=False)
-    figure.suptitle(title or workdir.name)
+    figure.suptitle(title or workdir.name, parse_math=False)
     target = workdir / "curves.png"
     with written_aside(target) as draft:
         figure.savefig(draft)
@@ -78,7 +78,7 @@ def plot_batch(batch, titles, target):
             image = image.copy()
             image[top : top + height, left : left + width] = 127
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(title[:22], fontsize=7)
+        axes.set_title(title[:22], fontsize=7, parse_math=False)
         axes.axis("off")
     with written_aside(target) as draft:
         figure.savefig(draft, format="png")

@@ -120,10 +120,11 @@ def test_moving_averages_are_evaluated_on_request(trained, ten_classes, call, re
 
 
 def test_plot_draws_the_curves_again(trained, tmp_path, call, refused):
-    (tmp_path / "run").mkdir()
-    shutil.copy(trained / "metrics.jsonl", tmp_path / "run")
-    assert call(__main__.main, "plot", tmp_path / "run")[:2] == (0, f"{tmp_path / 'run/curves.png'}\n")
-    with Image.open(tmp_path / "run/curves.png") as ours, Image.open(trained / "curves.png") as theirs:
+    run = tmp_path / "run $^$"  # No formula, as Matplotlib would have it.
+    run.mkdir()
+    shutil.copy(trained / "metrics.jsonl", run)
+    assert call(__main__.main, "plot", run)[:2] == (0, f"{run / 'curves.png'}\n")
+    with Image.open(run / "curves.png") as ours, Image.open(trained / "curves.png") as theirs:
         assert ours.size == theirs.size
     assert "holds no metrics.jsonl" in refused(__main__.main, "plot", tmp_path)
 
