@@ -97,7 +97,7 @@ def test_training_for_long_takes_no_more_than_at_its_beginning(data, tmp_path):
         print(f"quarter {number}:", ", ".join(f"{name} {value:.1f}" for name, value in quarter.items()))
     before, after = quarters[0], quarters[-1]
     assert after["files"] == before["files"] and after["threads"] == before["threads"]
-    # It starts a thread whenever more of its work coincides than ever before, up to a limit of its own: 12 after 600 checkpoints.
+    # It starts a thread whenever more of its work coincides than before, up to its own limit: 12 after 600 checkpoints.
     assert after["pool"] <= 16
     # A leak of a batch an epoch would be 40 MiB, one of a checkpoint's arrays more.
     assert after["mib"] <= before["mib"] + 32
