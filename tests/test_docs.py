@@ -38,6 +38,9 @@ def test_every_command_is_accepted_by_its_parser(words, monkeypatch):
     # Words in capitals stand for people's own.
     words = ["3" if word in ("N", "I") else word for word in words if word not in ("COMMAND", "OPTIONS")]
     command = pages.command_of(words)
+    if words[1:3] == ["-m", "pytest"]:
+        assert (ROOT / words[-1]).is_file()
+        return
     if command is None:  # A benchmark, or what draws the demo.
         text = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in text for word in words if word.startswith("--"))
