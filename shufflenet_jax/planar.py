@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from . import plain
-from .direct import pad, taps
+from .windows import largest, taps, weighted_sum
 
 CHANNELS = 0
 PIXELS = (1, 2, 3)  # The axes H, W and N.
@@ -76,28 +76,24 @@ def normalize(x, mean, var, scale, bias, *, epsilon, relu):
 @jax.custom_vjp
 def max_pool(x):
     """Max pool 3x3 with stride 2, padded by 1 with minus infinity. (C, H, W, N) -> (C, ceil(H/2), ceil(W/2), N)."""
-    return _apart(_largest, x)
-
-
-def _largest(x):
-    return jax.tree.reduce(lax.max, [tap for _, _, tap in taps(pad(x, -jnp.inf), 2, x.shape)])
+    return _apart(largest, x)
 
 
 def _max_pool_forward(x):
-    largest, place = _apart(_largest_and_place, x)
-    return largest, (place, jnp.zeros((0, *x.shape[1:3])))
+    highest, place = _apart(_largest_and_place, x)
+    return highest, (place, jnp.zeros((0, *x.shape[1:3])))
 
 
 def _largest_and_place(x):
     # The place of the largest value in each window, the first of equals, as in PyTorch: a byte an output.
-    largest = place = None
-    for row, column, tap in taps(pad(x, -jnp.inf), 2, x.shape):
+    highest = place = None
+    for row, column, view in taps(x, 2, -jnp.inf):
         if place is None:
-            largest, place = tap, jnp.zeros(tap.shape, jnp.uint8)
+            highest, place = view, jnp.zeros(view.shape, jnp.uint8)
         else:
-            place = lax.select(tap > largest, jnp.full_like(place, 3 * row + column), place)
-            largest = lax.max(largest, tap)
-    return largest, place
+            place = lax.select(view > highest, jnp.full_like(place, 3 * row + column), place)
+            highest = lax.max(highest, view)
+    return highest, place
 
 
 def _max_pool_backward(saved, dy):
@@ -127,6 +123,17 @@ def _stem(x, kernel, stride):
     return _sum_of_views(x, kernel, stride)
 
 
+def _sum_of_views(x, kernel, stride):
+    return weighted_sum(((view, per_channel(kernel[place])) for place, view in _views(x, stride)), x.dtype)
+
+
+def _views(x, stride):
+    """((row, column, input channel), view (1, H', W', N)) for each tap and channel, in the kernel's order."""
+    for row, column, view in taps(x, stride):
+        for channel in range(x.shape[0]):
+            yield (row, column, channel), view[channel : channel + 1]
+
+
 def _stem_forward(x, kernel, stride):
     return _stem(x, kernel, stride), (x, kernel)
 
@@ -144,19 +151,6 @@ def _stem_backward(stride, saved, dy):
 _stem.defvjp(_stem_forward, _stem_backward)
 
 
-def _sum_of_views(x, kernel, stride):
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    weights = kernel.astype(wide)
-    return sum(view.astype(wide) * per_channel(weights[place]) for place, view in _views(x, stride)).astype(x.dtype)
-
-
-def _views(x, stride):
-    """((row, column, input channel), view (1, H', W', N)) for each tap and channel, in the kernel's order."""
-    for row, column, tap in taps(pad(x), stride, x.shape):
-        for channel in range(x.shape[0]):
-            yield (row, column, channel), tap[channel : channel + 1]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise(x, kernel, stride):
     """(C, H, W, N) by (3, 3, C): a multiply-add of a shifted view for each tap, in one loop."""
@@ -164,11 +158,8 @@ def _depthwise(x, kernel, stride):
 
 
 def _sum_of_taps(x, kernel, stride):
-    # bfloat16 sums would lose digits at every tap; the wider sum costs nothing inside XLA's fusion.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    weights = kernel.astype(wide)
-    found = taps(pad(x), stride, x.shape)
-    return sum(tap.astype(wide) * per_channel(weights[row, column]) for row, column, tap in found).astype(x.dtype)
+    pairs = ((view, per_channel(kernel[row, column])) for row, column, view in taps(x, stride))
+    return weighted_sum(pairs, x.dtype)
 
 
 def _depthwise_forward(x, kernel, stride):
@@ -178,7 +169,7 @@ def _depthwise_forward(x, kernel, stride):
 def _depthwise_backward(stride, saved, dy):
     x, kernel = saved
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    products = [tap.astype(wide) * dy.astype(wide) for _, _, tap in taps(pad(x), stride, x.shape)]
+    products = [view.astype(wide) * dy.astype(wide) for _, _, view in taps(x, stride)]
     dkernel = jnp.stack(_sums(products)).reshape(kernel.shape).astype(kernel.dtype)
     if stride == 1:
         return _depthwise(dy, kernel[::-1, ::-1], 1), dkernel

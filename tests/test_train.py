@@ -27,23 +27,9 @@ from shufflenet_jax.finetuning import initial_variables
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.targets import load_predictions
 
-TINY = (
-    "--config",
-    "digits",
-    "--image-size",
-    16,
-    "--epochs",
-    2,
-    "--eval-every",
-    1,
-    "--log-every",
-    10,
-    "--mixup",
-    0.2,
-    "--ema-decay",
-    0.9,
-)
-SMALL = ("--config", "digits", "--image-size", 16, "--lowering", "plain")  # Compiles sooner.
+DIGITS = ("--config", "digits", "--image-size", 16)
+TINY = (*DIGITS, "--epochs", 2, "--eval-every", 1, "--log-every", 10, "--mixup", 0.2, "--ema-decay", 0.9)
+SMALL = (*DIGITS, "--lowering", "plain")  # Compiles sooner.
 
 
 @pytest.fixture(scope="module", autouse=True)

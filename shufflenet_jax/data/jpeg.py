@@ -86,18 +86,16 @@ def cut(data, header, top, left, height, width):
 def _blocks(data, header, rows, columns):
     """The coded pixels of some blocks; None where the file has not as many as its header says."""
     tall, wide = -(-header.height // header.unit[0]), -(-header.width // header.unit[1])
-    coded = np.frombuffer(data, np.uint8, data.rfind(END) - header.scan, header.scan)
+    coded = np.frombuffer(data, np.uint8, data.rfind(END) + len(END) - header.scan, header.scan)
     marks = np.flatnonzero(coded[:-1] == 0xFF)
     marks = marks[coded[marks + 1] & 0xF8 == RESTART]
     if len(marks) != tall * wide - 1:
         return None
     # Where each block begins and ends, with the marker behind it.
-    edges = np.concatenate([[0], marks + 2, [len(coded) + 2]])
+    edges = np.concatenate([[0], marks + 2, [len(coded)]])
     starts, ends = (edges[side:][: tall * wide].reshape(tall, wide)[rows, columns] for side in (0, 1))
-    whole = np.frombuffer(data, np.uint8, len(coded) + 2, header.scan)
-    found = np.concatenate(
-        [whole[start:end] for start, end in zip(starts[:, 0].tolist(), ends[:, -1].tolist(), strict=True)]
-    )
+    runs = zip(starts[:, 0].tolist(), ends[:, -1].tolist(), strict=True)
+    found = np.concatenate([coded[start:end] for start, end in runs])
     behind = np.cumsum(ends - starts) - 1
     found[behind] = RESTART + np.arange(len(behind)) % 8
     found[behind[-1]] = END[1]
