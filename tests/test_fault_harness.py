@@ -37,6 +37,7 @@ FAILED = {  # what was wrong: (index, kind)
     "npz: name records": (1038, "compare"),
     "0.png: image: a line": (1093, "data used"),
     "zip: name 'train//0.jpg'": (1172, "prepare"),
+    "mmpretrain, legacy; net.pth bits flipped": (1834, "torch file used"),
     "dataset_info.json is a pipe": (2505, "data used"),
 }
 
