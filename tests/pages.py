@@ -48,6 +48,7 @@ SHORTER = {
     "benchmarks/evaluation": ["--rounds", "1"],
     "benchmarks/input_pipeline": ["--rounds", "1", "--seconds", "0.2"],
     "benchmarks/model": ["--rounds", "1", "--seconds", "0.1", "--only", "ours", "PyTorch"],
+    "benchmarks/second_core": ["--rounds", "1", "--seconds", "0.05"],
     "benchmarks/startup": ["--rounds", "1"],
     "benchmarks/training_loop": ["--rounds", "1", "--steps", "1", "--batch-size", "8"],
 }

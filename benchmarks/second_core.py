@@ -1,0 +1,122 @@
+"""Whether a second core could help with one image: microseconds of the right branch of a unit, in each stage.
+
+    python benchmarks/second_core.py
+
+The branch is two matrix products with a depthwise convolution between them, here as XLA runs it in the deployed form,
+and in two ways to share the products: their rows in ten pieces, because XLA hands operations to another thread only
+when more than eight of them are ready; and half of the image's rows on each of two devices, which exchange one where
+the depthwise convolution needs it. Medians over the rounds; a table goes to stdout.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from model import machine  # Which makes the package known.
+
+from shufflenet_jax import direct
+from shufflenet_jax.deploy import VECTOR
+
+UNITS = 10  # One after the other, in one call.
+PIECES = 10
+STAGES = {"stage 2": (28, 58), "stage 3": (14, 116), "stage 4": (8, 232)}  # Pixels a side (an even number), channels.
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1, help="measured time of a run (default: %(default)s)")
+    options = parser.parse_args()
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    calls = {stage: contenders(*size) for stage, size in STAGES.items()}
+    found = {}
+    for _ in range(options.rounds):
+        for stage, kinds in calls.items():
+            for kind, call in kinds.items():
+                found.setdefault((stage, kind), []).append(microseconds(call, options.seconds))
+
+    print(f"{machine()}; microseconds a unit, median of {options.rounds} runs in turn\n")
+    names = list(calls["stage 2"])
+    print(f"| right branch | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
+    for stage, (side, channels) in STAGES.items():
+        times = " | ".join(f"{statistics.median(found[stage, kind]):.0f}" for kind in names)
+        print(f"| {stage}, {side} x {side} pixels, {channels} channels | {times} |")
+    return 0
+
+
+def contenders(side, channels):
+    """{kind: a function that computes all units}."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(1, side, side, channels)).astype("f4")
+    products = rng.normal(scale=channels**-0.5, size=(UNITS, 2, 1, 1, channels, channels + -channels % VECTOR))
+    weights = list(zip(products.astype("f4"), rng.normal(size=(UNITS, 3, 3, 1, channels)).astype("f4"), strict=True))
+
+    def product(x, kernel):
+        return jax.nn.relu(direct.conv(x, kernel)[..., :channels])
+
+    def in_pieces(x, kernel):
+        rows = x.reshape(-1, 1, 1, channels)
+        cuts = [len(rows) * piece // PIECES for piece in range(1, PIECES)]
+        return jnp.concatenate([product(piece, kernel) for piece in jnp.split(rows, cuts)]).reshape(x.shape)
+
+    def depthwise(x, kernel):
+        return direct.conv(x, kernel, groups=channels)
+
+    def with_the_neighbours_row(x, kernel):
+        upper = jax.lax.axis_index("halves") == 0
+        row = jax.lax.ppermute(jnp.where(upper, x[:, -1:], x[:, :1]), "halves", [(0, 1), (1, 0)])
+        nothing = jnp.zeros_like(row)
+        x = jnp.concatenate([jnp.where(upper, nothing, row), x, jnp.where(upper, row, nothing)], 1)
+        return depthwise(x, kernel)[:, 1:-1]
+
+    def units(product, depthwise, x, weights):
+        for products, kernel in weights:
+            x = product(depthwise(product(x, products[0]), kernel), products[1])
+        return x
+
+    mesh = jax.make_mesh((2,), ("halves",), axis_types=(jax.sharding.AxisType.Auto,))
+    halves, everywhere = PartitionSpec(None, "halves"), PartitionSpec()
+    shardings = NamedSharding(mesh, halves), NamedSharding(mesh, everywhere)
+    on_one, on_two = jax.device_put((image, weights), jax.devices()[0]), jax.device_put((image, weights), shardings)
+
+    shared = partial(units, product, with_the_neighbours_row)
+    kinds = {
+        "whole": (partial(units, product, depthwise), on_one),
+        "products in ten pieces": (partial(units, in_pieces, depthwise), on_one),
+        "half on each of two devices": (
+            jax.shard_map(shared, mesh=mesh, in_specs=(halves, everywhere), out_specs=halves),
+            on_two,
+        ),
+    }
+    compiled = {kind: (jax.jit(function), arrays) for kind, (function, arrays) in kinds.items()}
+    expected, *others = (np.asarray(function(*arrays)) for function, arrays in compiled.values())
+    for other in others:
+        np.testing.assert_allclose(other, expected, atol=1e-5 * expected.max())  # The same sums, in another order.
+    return {kind: partial(run, *both) for kind, both in compiled.items()}
+
+
+def run(function, arrays):
+    jax.block_until_ready(function(*arrays))
+
+
+def microseconds(call, seconds):
+    """Time of one unit, the median of this run."""
+    for _ in range(3):
+        call()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times) / UNITS
+
+
+if __name__ == "__main__":
+    sys.exit(main())
