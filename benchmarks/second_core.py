@@ -1,24 +1,28 @@
-"""Whether a second core could help with one image: microseconds of the right branch of a unit, in each stage.
+"""Whether a second core helps with one image: microseconds of the right branch of a unit, and of the whole network.
 
     python benchmarks/second_core.py
 
-The branch is two matrix products with a depthwise convolution between them, here as XLA runs it in the deployed form,
-and in two ways to share the products: their rows in ten pieces, because XLA hands operations to another thread only
-when more than eight of them are ready; and half of the image's rows on each of two devices, which exchange one where
-the depthwise convolution needs it. Medians over the rounds; a table goes to stdout.
+The network runs in the deployed form, and in ONNX Runtime with one thread and with two. The branch is two matrix
+products with a depthwise convolution between them, here as XLA runs it in that form, and in two ways to share the
+products: their rows in ten pieces, because XLA hands operations to another thread only when more than eight of them are
+ready; and half of the image's rows on each of two devices, which exchange one where the depthwise convolution needs it.
+Medians over the rounds; tables go to stdout.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 from jax.sharding import NamedSharding, PartitionSpec
-from model import machine  # Which makes the package known.
+from model import jax_inference, machine, onnx_file  # Which makes the package known.
 
 from shufflenet_jax import direct
 from shufflenet_jax.deploy import VECTOR
@@ -35,20 +39,38 @@ def main():
     options = parser.parse_args()
 
     jax.config.update("jax_num_cpu_devices", 2)
-    calls = {stage: contenders(*size) for stage, size in STAGES.items()}
+    calls = {stage: contenders(*size) for stage, size in STAGES.items()} | {"network": whole_networks()}
     found = {}
     for _ in range(options.rounds):
         for stage, kinds in calls.items():
             for kind, call in kinds.items():
                 found.setdefault((stage, kind), []).append(microseconds(call, options.seconds))
 
-    print(f"{machine()}; microseconds a unit, median of {options.rounds} runs in turn\n")
+    print(f"{machine()}; microseconds, median of {options.rounds} runs in turn\n")
+    print("| whole network, one image | microseconds |\n| --- | --- |")
+    for kind in calls["network"]:
+        print(f"| {kind} | {statistics.median(found['network', kind]):.0f} |")
+    print()
     names = list(calls["stage 2"])
-    print(f"| right branch | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
+    print(f"| right branch of a unit | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
     for stage, (side, channels) in STAGES.items():
-        times = " | ".join(f"{statistics.median(found[stage, kind]):.0f}" for kind in names)
+        times = " | ".join(f"{statistics.median(found[stage, kind]) / UNITS:.0f}" for kind in names)
         print(f"| {stage}, {side} x {side} pixels, {channels} channels | {times} |")
     return 0
+
+
+def whole_networks():
+    """{kind: a function that computes the logits of an image}."""
+    kinds = {"ours": jax_inference("ours", 1, "float32", 224, 1.0, None)}
+    image = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype("f4")
+    with tempfile.TemporaryDirectory() as folder:
+        path = onnx_file(224, 1.0, Path(folder))
+        for threads, kind in ((1, "ONNX Runtime, one thread"), (2, "ONNX Runtime, two threads")):
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+            kinds[kind] = partial(session.run, None, {"images": image})
+    return kinds
 
 
 def contenders(side, channels):
@@ -107,7 +129,7 @@ def run(function, arrays):
 
 
 def microseconds(call, seconds):
-    """Time of one unit, the median of this run."""
+    """Time of a call, the median of this run."""
     for _ in range(3):
         call()
     times, end = [], time.perf_counter() + seconds
@@ -115,7 +137,7 @@ def microseconds(call, seconds):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times) / UNITS
+    return 1e6 * statistics.median(times)
 
 
 if __name__ == "__main__":
