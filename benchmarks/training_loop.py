@@ -3,7 +3,9 @@
     python benchmarks/training_loop.py [--data tfds:NAME --data-dir DIR]
 
 Preset cifar10. The loop reads, decodes, shifts and copies images, moves the progress bar and keeps the metrics; the
-steps alone do none of it. Both go on with the same training, a few steps each in turn. On a CPU the decoding threads
+steps alone do none of it. Both go on with the same training, some steps each in turn: the steps alone once the decoding
+threads have filled their buffers and rest, the loop once it has emptied these, so that it pays for each batch that it
+takes. A turn of the loop ends with a line of the log, which train.py has every 100 steps. On a CPU the decoding threads
 compete with the step for the cores, which counts as cost here; on an accelerator they do not. The time that the loop's
 own thread computes, decoding left out, is told beside it.
 """
@@ -18,6 +20,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+BUFFERED = 8  # Steps after which no batch is left that was decoded before: Grain and `feed` keep fewer.
+REST = 3  # Seconds in which the decoding threads fill their buffers.
 
 
 def main():
@@ -71,24 +76,31 @@ def measure(options, folder):
     module = checkpoint.module_of(train.describe(config, source))
     step_fn = parallel.map_train_step(partial(train_step, module, config, epoch))
     state = parallel.replicate(create_state(module, config, epoch, init_variables(module)))
-    steps = 1 + options.rounds * options.steps
+    steps = 1 + options.rounds * (BUFFERED + options.steps)
     if steps >= epoch.steps:
         raise SystemExit("error: more steps than a pass has, whose last batch is another program")
     batches, meter = train.fed_batches(source, config, epoch, 0, steps), Meter()
     ready = next(batches)
     state, _ = jax.block_until_ready(step_fn(state, ready, {}))
     for _ in range(options.rounds):
-        own, start = time.thread_time(), time.perf_counter()
-        for number in range(options.steps):
-            state, metrics = step_fn(state, next(batches), {})
-            meter.add(number, metrics, config.batch_size)
-        own = time.thread_time() - own
-        jax.block_until_ready(state)
-        middle = time.perf_counter()
+        time.sleep(REST)
+        start = time.perf_counter()
         for _ in range(options.steps):
             state, _ = step_fn(state, ready, {})
         jax.block_until_ready(state)
-        turn = middle - start, time.perf_counter() - middle, own
+        alone = time.perf_counter() - start
+
+        for number in range(BUFFERED + options.steps):
+            if number == BUFFERED:
+                jax.block_until_ready(state)
+                meter.restart()
+                own, start = time.thread_time(), time.perf_counter()
+            state, metrics = step_fn(state, next(batches), {})
+            meter.add(number, metrics, config.batch_size)
+        meter.take()
+        own = time.thread_time() - own
+        jax.block_until_ready(state)
+        turn = time.perf_counter() - start, alone, own
         yield tuple(seconds / options.steps for seconds in turn)
 
 

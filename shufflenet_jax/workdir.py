@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import platform
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import checkpoint, parallel
@@ -18,14 +19,17 @@ from .logs import METRICS
 CONFIG, LOCK, FINISHED = "config.json", "lock", "finished"
 # A resumed run gives the same numbers whatever these say, up to rounding.
 FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "workers", "max_damaged"}
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # On which the numbers depend.
+# On which the numbers depend; a checkout is no installed package, but has a commit.
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy")
+LIBRARIES += ("opencv-python-headless", "pillow", "simplejpeg", "shufflenet_jax")
 
 
 @contextlib.contextmanager
 def claimed(workdir, config, info):
     """Keeps a workdir for this run, with config.json and model.json in it; of its processes the first one does.
 
-    A run that has not saved a checkpoint yet may be started anew with other settings.
+    A run that has not saved a checkpoint yet may be started anew with other settings. config.json tells how the run
+    began, and in "resumed" what was other each time that it went on: settings, libraries or commit.
 
     Raises:
       InputError: the folder is no training's, has a run with other settings, or belongs to another run now.
@@ -39,13 +43,13 @@ def claimed(workdir, config, info):
 
 @contextlib.contextmanager
 def _claimed(workdir, config, info):
-    settings, stored = dataclasses.asdict(config), workdir / CONFIG
+    stored, record, now = workdir / CONFIG, None, _describe_start(config)
     if stored.exists():
         if checkpoint.has_steps(workdir):
-            _require_same(workdir, settings, stored)
+            record = _read_record(stored)
+            _require_same(workdir, now["settings"], record["settings"])
     elif workdir.exists() and not (workdir.is_dir() and all(map(_is_leftover, workdir.iterdir()))):
         raise InputError(f"{workdir} exists and is no training of ours; choose another --workdir")
-    record = {"settings": settings, "versions": {name: version(name) for name in LIBRARIES}, "commit": commit()}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / LOCK).touch()
@@ -53,6 +57,10 @@ def _claimed(workdir, config, info):
         raise InputError(f"{workdir} cannot be written: {error.strerror}; choose another --workdir") from error
     with open(workdir / LOCK) as lock:  # Closing it, or the end of the process in any way, gives it back.
         _take(lock, workdir)
+        if record is None:
+            record = now
+        elif not (workdir / FINISHED).exists():
+            _add_start(record, now)
         (workdir / FINISHED).unlink(missing_ok=True)
         for path in filter(_is_leftover, workdir.iterdir()):
             if path.is_dir():
@@ -91,12 +99,44 @@ def commit():
         return None
 
 
-def _require_same(workdir, settings, stored):
-    """Raises InputError if the run in a workdir has other settings that change its numbers."""
+def _describe_start(config):
+    """What decides the numbers from now on: {"settings", "versions", "commit"}."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"settings": dataclasses.asdict(config), "versions": versions, "commit": commit()}
+
+
+def _add_start(record, now):
+    """Appends to the record of a run what is other now than when it last went on."""
+    before = {"settings": dict(record["settings"]), "versions": record.get("versions"), "commit": record.get("commit")}
+    for start in record.get("resumed", []):
+        before["settings"] |= start.get("settings", {})
+        before |= {key: start[key] for key in ("versions", "commit") if key in start}
+    changed = {key: value for key, value in now["settings"].items() if value != before["settings"].get(key)}
+    other = {"settings": changed} if changed else {}
+    other |= {key: now[key] for key in ("versions", "commit") if now[key] != before[key]}
+    if other:
+        record["resumed"] = [*record.get("resumed", []), other]
+
+
+def _read_record(stored):
+    """What config.json holds. Raises InputError if that is no record of a run."""
     try:
-        before = dict(json.loads(read_file(stored))["settings"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{stored} is damaged: {error}; choose another --workdir") from error
+        record = json.loads(read_file(stored))
+        starts = [record, *record.get("resumed", [])]
+        sound = all(isinstance(start.get("settings", {}), dict) for start in starts) and "settings" in record
+        reason = "it holds no settings"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        sound, reason = False, error
+    if not sound:
+        raise InputError(f"{stored} is damaged: {reason}; choose another --workdir")
+    return record
+
+
+def _require_same(workdir, settings, before):
+    """Raises InputError if the run in a workdir has other settings that change its numbers."""
     changed = [key for key in settings if key not in FREE_TO_CHANGE and settings[key] != before.get(key)]
     if changed:
         told = ", ".join(f"{key} is {before.get(key)} there and {settings[key]} here" for key in changed)

@@ -138,6 +138,7 @@ def parse(argv):
     parser = Parser(
         prog="train.py",
         description=DESCRIPTION,
+        formatter_class=HelpFormatter,
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
         argument_generation_mode=simple_parsing.ArgumentGenerationMode.FLAT,
         allow_abbrev=False,
@@ -159,6 +160,14 @@ def parse(argv):
 
 class Parser(CommandLine, simple_parsing.ArgumentParser):
     """simple_parsing's parser with our way to report misuse."""
+
+
+class HelpFormatter(simple_parsing.SimpleHelpFormatter):
+    """simple_parsing's formatter, which is silent about defaults where there are none."""
+
+    def _get_help_string(self, action):
+        told = super()._get_help_string(action)
+        return told.replace(" (default: %(default)s)", "") if action.default is None else told
 
 
 def open_sources(config):
