@@ -153,7 +153,7 @@ class TrainConfig:
     train_split: str = "train"
     # Split to evaluate on; by default the first of val, validation and test that the data has.
     eval_split: str | None = None
-    # Width of the network: 0.5, 1.0, 1.5 or 2.0.
+    # Width of the network: 0.5, 1.0, 1.5 or 2.0 times the channels of the stages.
     width: float = 1.0
     # Wiring of the network; "megvii" is the authors' own.
     layout: Literal["torchvision", "megvii"] = "torchvision"
@@ -312,7 +312,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
         if self.width not in WIDTHS:
-            raise InputError(f"width is {self.width}, but must be 0.5, 1.0, 1.5 or 2.0")
+            raise InputError(f"width is {self.width}, but must be one of {', '.join(map(str, WIDTHS))}")
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}, but must be more than 0")
         if self.preprocess.crop > self.preprocess.resize:

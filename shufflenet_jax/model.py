@@ -172,7 +172,7 @@ class ShuffleNetV2(nn.Module):
     `rows`, a Rows, says which images share batch statistics in training; by default all do.
     """
 
-    width: float = 1.0  # 0.5, 1.0, 1.5 or 2.0: the column of the paper's table 5.
+    width: float = 1.0  # A key of CHANNELS: the column of the paper's table 5.
     num_classes: int = 1000  # 0 leaves the classifier out: logits are None.
     in_chans: int = 3
     layout: str = "torchvision"  # Or "megvii", the wiring of the authors' own release.

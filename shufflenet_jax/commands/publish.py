@@ -65,6 +65,7 @@ def card(name, digest, info, options):
         "top-5": f"{options.top5} %" if options.top5 is not None else None,
         "measured on": options.data,
         "made from": info.source.get("file") or info.source.get("config", {}).get("data"),
+        "began with": info.source.get("config", {}).get("init_from"),
         "licence": options.licence,
         "sha256 of the variables": digest,
     }
