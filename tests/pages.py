@@ -55,6 +55,8 @@ SHORTER = {
 SMALLER = {'"train": 100, "val": 50': '"train": 4, "val": 2', "range(5)": "range(2)"}  # In Python.
 # Invisible to the reader, a comment before a block says what no test has: its commands are not run.
 BLOCK = re.compile(r"^(?:<!-- needs: ([^\n]+) -->\n)?```(sh|python)\n(.*?)^```", re.M | re.S)
+# Needs ImageNet, or minutes where it is no block that says less.
+NOT_ALONE = re.compile(r"benchmarks/|train.py --config in1k$")
 INLINE = re.compile(r"`(python [^`]*?\.py[^`]*|python -m shufflenet_jax [^`]*)`")
 
 
@@ -88,9 +90,12 @@ def steps(page):
 
 
 def follow(page, call):
-    """Does all that a page tells its reader to do, but for what needs what no test has."""
-    names, processes = {}, []
-    for step in steps(page):
+    """Does all that a page tells its reader to do, but for what needs what no test has.
+
+    Its blocks come in their order, then the commands in its sentences, conversions first; benchmarks are the blocks'.
+    """
+    names, processes, told = {}, [], list(steps(page))
+    for step in told:
         if step.kind == "python":
             text = step.text
             for usual, smaller in SMALLER.items():
@@ -99,6 +104,9 @@ def follow(page, call):
         elif step.kind == "sh" and not step.needs:
             processes.append(follow_command(step, call))
     assert all(process.wait() == 0 for process in processes if process)
+    inline = [step for step in told if step.kind == "inline" and not NOT_ALONE.search(step.text)]
+    for step in sorted(inline, key=lambda step: "convert/" not in step.text):
+        follow_command(step._replace(text=step.text.replace("WORKDIR", "runs/digits")), call)
     matplotlib.pyplot.close("all")
 
 
@@ -111,12 +119,17 @@ def follow_command(step, call):
     name = words[3] if words[1] == "-m" else words[1].removesuffix(".py")
     shorter = SHORTER.get(name, [])
     if command is None:
-        subprocess.run([sys.executable, ROOT / words[1], *words[2:], *shorter], check=True)
+        script = words[1] if os.path.exists(words[1]) else ROOT / words[1]
+        subprocess.run([sys.executable, script, *words[2:], *shorter], check=True)
         return None
     main, argv = command
     if step.variables or step.text.rstrip().endswith("&"):
         script = [sys.executable, ROOT / "tests/small_training.py"]
         return subprocess.Popen([*script, *argv, *shorter], env={**os.environ, **step.variables})
+    if "--help" in argv:
+        with pytest.raises(SystemExit, match="^0$"):
+            main(argv)
+        return None
     status, _, stderr = call(main, *argv, *shorter)
     missed = status == 1 and "--expect-top1" in words  # Random weights miss what is published.
     assert status == 0 or missed, f"{step.text}\n{stderr}"
@@ -187,6 +200,7 @@ def save_readers_things(root):
             entry = published.PUBLISHED[name]
             network = lively_network(entry.source.lower(), entry.width, 1000)
             torch.save({"state_dict": network.state_dict()}, root / entry.file)
+            shutil.copy(root / entry.file, root / f"{entry.source.upper()}.pth")
     shutil.copy(root / entry.file, root / "OTHER")
     # For benchmarks, which know nothing of small networks.
     torch.save(lively_network("torchvision", 1.0, 1000).state_dict(), root / "FILE.pth")

@@ -295,7 +295,7 @@ def workdir(ten_classes, tmp_path_factory):
     """A training workdir whose best checkpoint is the first of two."""
     _, variables, info = load_model(ten_classes[0])
     workdir = tmp_path_factory.mktemp("trained")
-    config = {"data": "/home/me/pets", "width": 0.5, "init_from": None, "preprocessing": "mmpretrain"}
+    config = {"data": "/home/me/pets", "width": 0.5, "init_from": "/home/me/began.pth", "preprocessing": "mmpretrain"}
     described = json.loads(info.to_json()) | {"source": {"config": config}}
     (workdir / "model.json").write_text(json.dumps(described))
     worse = {**variables, "params": {**variables["params"], "fc": {"kernel": 0, "bias": 0}}}
@@ -336,6 +336,7 @@ def test_of_a_training_the_best_is_published_without_its_history_and_places(mode
     assert given.info.source["config"] == {**given.info.source["config"], "data": "pets", "width": 0.5}
     written = "".join(path.read_text() for path in tmp_path.rglob("*.[jm][sd]*"))
     assert "pets" in written and "/home/me" not in written and "top-1" not in written
+    assert "| began with | began.pth |" in written  # Whose licence decides about this one's.
 
 
 def test_what_cannot_be_published_is_refused(ten_classes, tmp_path, refused):
