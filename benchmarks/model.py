@@ -61,7 +61,7 @@ def main():
         wanted = [("inference", name, batch) for batch in options.inference for name in names]
         wanted += [("training", name, batch) for batch in options.training for name in names if name in TRAINING]
         found = measure(wanted, options.rounds, common)
-        growth = measure_growth(options.rounds, common) if options.plot else []
+        growth = measure_growth(names, options.rounds, common) if options.plot else []
     print(f"{machine()}; {options.dtype}, 1.0x, 224 x 224; milliseconds, median of {options.rounds} runs in turn\n")
     show(found)
     if options.plot:
@@ -116,19 +116,20 @@ def show(found):
         print()
 
 
-def measure_growth(rounds, common):
-    """Time against batch, resolution and width, ours and torch.compile: a list of {axis, value, contender, ...}.
+def measure_growth(names, rounds, common):
+    """Time against batch, resolution and width: a list of {axis, value, contender, ...}.
 
-    Each point is the median of as many runs as there are rounds.
+    Of the names, ours and torch.compile's best are measured. Each point is the median of as many runs as there are
+    rounds.
     """
     points = [("batch", {"batch": batch}) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     points += [("resolution", {"batch": 8, "resolution": side}) for side in (128, 160, 192, 224, 256, 320)]
     points += [("width", {"batch": 8, "width": width}) for width in (0.5, 1.0, 1.5, 2.0)]
-    names = [name for name in ("ours", COMPILED[1]) if importlib.util.find_spec(INFERENCE[name]) is not None]
+    drawn = [name for name in ("ours", COMPILED[1]) if name in names and importlib.util.find_spec(INFERENCE[name])]
     runs = {}
     for number in range(rounds):
         for point, (axis, settings) in enumerate(points):
-            for name in names:
+            for name in drawn:
                 print(f"round {number + 1} of {rounds}: growth, {axis} {settings[axis]}, {name}", file=sys.stderr)
                 run = run_child({"kind": "inference", "name": name, **settings, **common})
                 runs.setdefault((point, name), []).append(run["milliseconds"])

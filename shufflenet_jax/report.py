@@ -9,7 +9,8 @@ import jinja2
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
-from scipy.stats import binomtest
+from scipy.special import logsumexp
+from scipy.stats import binomtest, norm
 
 from .data.labels import class_name
 from .evaluation import likeliest
@@ -27,6 +28,14 @@ class Share(NamedTuple):
     percent: float
     low: float
     high: float
+
+
+class Mean(NamedTuple):
+    """A mean loss, with its 95 % interval by the normal distribution; None for a single image."""
+
+    value: float
+    low: float | None
+    high: float | None
 
 
 class Bin(NamedTuple):
@@ -63,10 +72,14 @@ class Summary(NamedTuple):
     images: int
     top1: Share
     top5: Share
-    calibration_error: float  # ECE: the mean distance of accuracy from confidence over the bins, in percent.
+    loss: Mean  # Cross-entropy, in nats; of several labels, that of the probability of any.
+    # ECE: the mean distance of accuracy from confidence over the bins, in percent. It has no interval: chance alone
+    # makes it larger, and makes that of a resample larger again, so that a bootstrap's interval lies too high.
+    calibration_error: float
     bins: list[Bin]
     classes: list[ClassRow]  # Those with images, the worst first.
     confused: list[tuple[int, int, int]]  # (label, predicted, images), the most frequent first.
+    pairs: int  # All that are confused.
     surest: list[Mistake]  # The surest first.
 
 
@@ -75,23 +88,22 @@ def summarise(rows):
     labels, logits = np.asarray(likeliest(rows["logits"], rows["label"])), np.asarray(rows["logits"], np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     predicted, right = order[:, 0], order[:, 0] == labels
-    exponents = np.exp(logits - logits.max(1, keepdims=True))
-    confidence = exponents.max(1) / exponents.sum(1)
+    largest = logits.max(1)
+    sums = np.exp(logits - largest[:, None]).sum(1)
+    confidence = 1 / sums
     bins = _bins(confidence, right)
     wrong = np.flatnonzero(~right)
+    confused = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
     return Summary(
         images=len(labels),
         top1=_share(int(right.sum()), len(labels)),
         top5=_share(int((order == labels[:, None]).any(1).sum()), len(labels)),
+        loss=_mean(largest + np.log(sums) - _of_labels(logits, np.asarray(rows["label"]).reshape(len(labels), -1))),
         calibration_error=100 * sum(b.images * abs(b.accuracy - b.confidence) for b in bins) / len(labels),
         bins=bins,
         classes=_classes(labels, predicted),
-        confused=[
-            (*pair, count)
-            for pair, count in Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True)).most_common(
-                CONFUSED
-            )
-        ],
+        confused=[(*pair, n) for pair, n in sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:CONFUSED]],
+        pairs=len(confused),
         surest=[
             Mistake(int(i), int(labels[i]), int(predicted[i]), float(confidence[i]))
             for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:SUREST]
@@ -102,6 +114,20 @@ def summarise(rows):
 def _share(right, images):
     interval = binomtest(right, images).proportion_ci(method="wilson")
     return Share(right, 100 * right / images, 100 * interval.low, 100 * interval.high)
+
+
+def _of_labels(logits, labels):
+    """(N,): the logarithm of the sum of the exponentials at labels (N, K), where -1 is none."""
+    own = np.where(labels >= 0, np.take_along_axis(logits, np.maximum(labels, 0), axis=1), -np.inf)
+    return logsumexp(own, axis=1)
+
+
+def _mean(losses):
+    mean = float(losses.mean())
+    if len(losses) == 1:
+        return Mean(mean, None, None)
+    half = norm.ppf(0.975) * float(losses.std(ddof=1)) / len(losses) ** 0.5
+    return Mean(mean, max(0.0, mean - half), mean + half)  # No loss is negative.
 
 
 def _bins(confidence, right):
@@ -125,12 +151,11 @@ def _classes(labels, predicted):
     return sorted(rows, key=lambda row: (row.right / row.images, -row.images, row.label))
 
 
-def make_report(rows, loss, model, source, *, title, command):
+def make_report(rows, model, source, *, title, command):
     """The page, as text.
 
     Args:
       rows: {"name", "label", "logits"} of all images, in the order of the source.
-      loss: their mean cross-entropy.
       model: a Model, for the class-activation maps of the surest mistakes.
       source: the Source that was evaluated.
       title: what was evaluated on what.
@@ -142,7 +167,6 @@ def make_report(rows, loss, model, source, *, title, command):
     )
     return environment.get_template("report.html").render(
         summary=summary,
-        loss=loss,
         title=title,
         command=command,
         named=lambda label: class_name(model.info.classes, label),
@@ -174,11 +198,12 @@ def as_url(picture):
 
 def in_words(preprocess):
     """How images are prepared, in a sentence."""
-    exif = "turned as EXIF says" if preprocess.decoder == "cv2" else "EXIF's rotation ignored"
+    exif = "applied" if preprocess.decoder == "cv2" else "ignored"
     backend = "OpenCV's bilinear" if preprocess.backend == "cv2" else "Pillow's antialiased bilinear"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocess.mean, preprocess.std))
     scaled = "" if preprocess.scale == 1 else f" times {preprocess.scale:.6g}"
     return (
-        f"decoded with {exif}; short side to {preprocess.resize} pixels by {backend}; the central {preprocess.crop} x "
-        f"{preprocess.crop}; {preprocess.channel_order}{scaled}, minus ({mean}), over ({std})"
+        f"decoded with EXIF's rotation {exif}; short side to {preprocess.resize} pixels by {backend}; "
+        f"the central {preprocess.crop} x {preprocess.crop}; "
+        f"{preprocess.channel_order}{scaled}, minus ({mean}), over ({std})"
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from test_prepare import write_tfrecords
 
 from shufflenet_jax.commands import evaluate, from_torch, prepare, verify
-from shufflenet_jax.data.sources import open_source
+from shufflenet_jax.data.sources import open_source, tfds_directory
 from shufflenet_jax.report import summarise
 
 # TFDS's own names, versions and splits.
@@ -112,6 +113,8 @@ def test_a_and_r_are_judged_among_the_classes_that_occur_and_sketch_if_asked(eva
     np.savez(tmp_path / "kept.npz", **rows)
     again, _ = evaluated("imagenet_r", "--compare", tmp_path / "kept.npz")
     assert again["compare"]["agreement"] == 100
+    with_version, _ = evaluated("imagenet_a/0.1.0")
+    assert with_version == found[0][0]
 
 
 def test_real_counts_any_of_an_images_labels_and_leaves_out_those_without(evaluated, tmp_path, imagenet_model):
@@ -129,7 +132,10 @@ def test_real_counts_any_of_an_images_labels_and_leaves_out_those_without(evalua
     np.savez(tmp_path / "kept.npz", **rows)
     again, _ = evaluated("imagenet2012_real", "--compare", tmp_path / "kept.npz")
     assert again["compare"] == figures["compare"]
-    assert "imagenet2012_real" in report.read_text()
+    text = report.read_text()
+    assert "<h1>model on tfds:imagenet2012_real</h1>" in text
+    # It shows four decimals.
+    assert_allclose(float(re.search(r'id="loss">(.*?)<', text)[1]), figures["loss"], atol=1e-4, rtol=0)
 
 
 def test_a_label_that_comes_first_is_right_wherever_it_stands():
@@ -153,6 +159,21 @@ def test_names_that_could_be_several_sets_are_refused(data_dir, tmp_path, refuse
         shutil.copytree(data_dir / "imagenet_v2/matched-frequency", folder / config)
     line = refused(verify.main, "tfds:imagenet_v2", "--data-dir", tmp_path)
     assert "matched-frequency, topimages; name one of them, like tfds:imagenet_v2/topimages" in line
+
+
+def test_a_version_at_the_end_of_a_name_is_taken_if_it_is_there(data_dir, tmp_path, refused):
+    for name, version in VERSIONS.items():
+        assert tfds_directory(f"{name}/{version}", data_dir) == data_dir / name / version
+    assert tfds_directory("imagenet_v2/3.0.0", data_dir) == data_dir / "imagenet_v2/matched-frequency/3.0.0"
+    for version in ("0.9.0", "0.10.0"):
+        shutil.copytree(data_dir / "imagenet_a/0.1.0", tmp_path / "imagenet_a" / version)
+    assert tfds_directory("imagenet_a", tmp_path).name == "0.10.0"
+    for version in ("0.9.0", "0.10.0"):
+        assert tfds_directory(f"imagenet_a/{version}", tmp_path).name == version
+    line = refused(verify.main, "tfds:imagenet_a/0.1.0", "--data-dir", tmp_path)
+    assert f"{tmp_path / 'imagenet_a'} holds 0.10.0, 0.9.0, but no version 0.1.0" in line
+    line = refused(verify.main, "tfds:imagenet_b/0.1.0", "--data-dir", tmp_path)
+    assert f"no data set imagenet_b in {tmp_path}" in line and "--name imagenet_b " in line
 
 
 def test_several_labels_are_for_evaluation_alone(data_dir, refused):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from contextlib import ExitStack, closing
@@ -17,10 +18,10 @@ from ..cli import CommandLine, add_process_options, libraries_silent, positive_i
 from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
 from ..data.labels import class_name
 from ..data.pipeline import eval_batches
-from ..data.sources import open_source
+from ..data.sources import open_source, split_version
 from ..errors import InputError
 from ..evaluation import eval_step, evaluate, read_predictions
-from ..files import written_aside
+from ..files import path_of, written_aside
 from ..inference import Model
 from ..loading import load_model
 from ..ops import LOWERINGS
@@ -32,7 +33,7 @@ DESCRIPTION = (
 )
 IMAGENET = {"data": "tfds:imagenet2012", "split": "validation"}
 CPU_BATCH, ACCELERATOR_BATCH = 16, 128
-SOME_FLIPS = 3
+SOME_FLIPS, MOST_FLIPS = 3, 1000  # Named in the table, and in the figures: a whole data set may flip.
 SUBSETS = ("imagenet_a", "imagenet_r")  # Hendrycks et al. judge among the 200 classes that occur in each.
 EXPECTED = {  # option: (figure, type, meaning)
     "--expect-top1-correct": ("top1_correct", int, "number of images whose label comes first"),
@@ -82,13 +83,12 @@ def evaluate_checkpoint(options, argv):
         if report:
             from ..report import make_report  # matplotlib and scipy take a second.
 
-            title = f"{Path(options.checkpoint).name} on {Path(options.data).name}"
-            title += "" if among is None else f", among its {figures['classes']} classes"
+            title = title_of(options) + ("" if among is None else f", among its {figures['classes']} classes")
             command = shlex.join(["python", "eval.py", *argv])
-            page = make_report(rows, figures["loss"], model, source, title=title, command=command)
+            page = make_report(rows, model, source, title=title, command=command)
             report.write_text(page, encoding="utf-8")
     if options.preprocess:
-        figures["preprocess"] = under_each_preprocessing(network, info, figures, rows, evaluate_on)
+        figures["preprocess"] = under_each_preprocessing(network, info, source, figures, rows, evaluate_on)
     if other:
         figures["compare"] = compared(options, info, rows, other if "logits" in other else evaluate_on(**other)[1])
     missed = misses(figures, options)
@@ -102,6 +102,16 @@ def keeps_logits(options):
     return bool(options.predictions or options.compare or options.preprocess or options.report)
 
 
+def title_of(options):
+    """What is evaluated on what: TFDS data sets by their whole names, paths by their last parts."""
+    data = options.data if options.data.startswith("tfds:") else called(options.data)
+    return f"{called(options.checkpoint)} on {data}" + (f", split {options.split}" if options.split else "")
+
+
+def called(path):
+    return Path(os.path.abspath(path_of(path))).name or path  # That of "/" is empty.
+
+
 def load(checkpoint, options, *, ema=False):
     """(a Model with a classifier, (what to evaluate, its variables)): the fast form unless --lowering is plain."""
     settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
@@ -113,7 +123,7 @@ def load(checkpoint, options, *, ema=False):
 
 def competing(source, options, num_classes):
     """bool (num_classes,): the classes among which a prediction is made, or None for all."""
-    if not (options.subset or options.data.partition("tfds:")[2] in SUBSETS):
+    if not (options.subset or split_version(options.data.partition("tfds:")[2])[0] in SUBSETS):
         return None
     among = np.zeros(num_classes, bool)
     among[list(set(source.labels()))] = True
@@ -133,38 +143,51 @@ def evaluated(module, variables, preprocess, *, source, total, options, among):
     return figures if among is None else {**figures, "classes": int(among.sum())}, rows
 
 
-def under_each_preprocessing(network, info, figures, rows, evaluate_on):
-    """Evaluates the same weights on images prepared in other ways; prints a table and returns {way: figures}."""
+def under_each_preprocessing(network, info, source, figures, rows, evaluate_on):
+    """Evaluates the same weights on images prepared in other ways; prints a table and returns {way: figures}.
+
+    The figures name the images that flip, up to MOST_FLIPS of them, the table the first few.
+    """
     from ..comparison import compare  # scipy takes half a second.
 
-    found = {"as stored": {**figures, "flips": 0}}
+    found = {"as stored": {**figures, "flips": 0, "flipped": []}}
     print(f"{'images prepared':28}{'top-1':>8}{'top-5':>8}{'flips':>7}  the first that flip")
     print(f"{'as stored with the weights':28}{figures['top1']:8.2f}{figures['top5']:8.2f}{0:7}")
-    for name, preprocess in ways_to_prepare(info.preprocess).items():
-        these, others = evaluate_on(*network, preprocess)
-        flips = compare(rows, others).flips
-        found[name] = {**these, "flips": len(flips)}
-        told = ", ".join(flip.name for flip in flips[:SOME_FLIPS])
-        print(f"{name:28}{these['top1']:8.2f}{these['top5']:8.2f}{len(flips):7}  {told}")
+    for name, (preprocess, images) in ways_to_prepare(info.preprocess, source).items():
+        these, others = evaluate_on(*network, preprocess, source=images)
+        flipped = [flip.name for flip in compare(rows, others).flips]
+        found[name] = {**these, "flips": len(flipped), "flipped": flipped[:MOST_FLIPS]}
+        told = ", ".join(flipped[:SOME_FLIPS]) + (", ..." if len(flipped) > SOME_FLIPS else "")
+        print(f"{name:28}{these['top1']:8.2f}{these['top5']:8.2f}{len(flipped):7}  {told}")
     return found
 
 
-def ways_to_prepare(own):
-    """{name: Preprocess}: the published ways, and the model's own with one thing changed; equal ones once."""
+def ways_to_prepare(own, source):
+    """{name: (Preprocess, Source)}: the published ways, and the model's own with one thing changed; equal ones once."""
+    from ..comparison import decoded_by
+
     if own.channels != 3:
         raise InputError("--preprocess all is for networks that take colours; leave it out")
     changed = partial(dataclasses.replace, own)
     decoder, backend = (({"cv2", "pillow"} - {used}).pop() for used in (own.decoder, own.backend))
+    turned = own.decoder == "cv2"
+    # The decoders differ in two things, of which each is changed alone.
+    decoded = {
+        f"decoded by {'Pillow' if turned else 'OpenCV'}": decoded_by(source, decoder, turned=turned),
+        f"EXIF's rotation {'ignored' if turned else 'applied'}": decoded_by(source, own.decoder, turned=not turned),
+    }
     ways = {
         "as MMPretrain does": MMPRETRAIN_EVAL,
         "as torchvision does": TORCHVISION_EVAL,
         "as torchvision, 232 pixels": TORCHVISION_EVAL_LARGE,
         "as Megvii does": MEGVII_EVAL,
-        f"EXIF's rotation {'applied' if decoder == 'cv2' else 'ignored'}": changed(decoder=decoder),
         f"resized by {'OpenCV' if backend == 'cv2' else 'Pillow'}": changed(backend=backend),
         "red and blue exchanged": changed(channel_order="RGB" if own.channel_order == "BGR" else "BGR"),
     }
-    return {name: way for name, way in ways.items() if way != own}
+    return {
+        **{name: (way, source) for name, way in ways.items() if way != own},
+        **{name: (own, images) for name, images in decoded.items()},
+    }
 
 
 def opened(compare, options, info):

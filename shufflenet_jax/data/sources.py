@@ -80,6 +80,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     from tensorflow_datasets.proto import tf_example_pb2
 
     builder = open_tfds(tfds_directory(name, data_dir))
+    name, _ = split_version(name)
     info = builder.info
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
@@ -156,12 +157,19 @@ def open_tfds(folder):
         raise InputError(f"{folder} is no TFDS data set, or a damaged one ({reason}); prepare it again") from error
 
 
+def split_version(name):
+    """(name, version or None) of a TFDS data set's name, which may end in a version, like imagenet_a/0.1.0."""
+    found = re.fullmatch(r"(.+)/(\d+\.\d+\.\d+)", name)
+    return found.groups() if found else (name, None)
+
+
 def tfds_directory(name, data_dir=None):
-    """The folder of the newest version of a TFDS data set. Raises InputError where there is none."""
+    """The folder of a TFDS data set's version: the one named, or the newest. Raises InputError where there is none."""
     from tensorflow_datasets.core import constants, utils
 
     if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
         raise InputError(f"{name!r} is no name of a data set; give tfds: and one like imagenet2012")
+    name, wanted = split_version(name)
     root = path_of(Path(data_dir or constants.DATA_DIR) / name)
     versions = [path.parent for path in root.glob("**/dataset_info.json") if utils.Version.is_valid(path.parent.name)]
     if not versions:
@@ -172,6 +180,12 @@ def tfds_directory(name, data_dir=None):
     configs = sorted({path.parent.relative_to(root).as_posix() for path in versions})
     if len(configs) > 1:
         raise InputError(f"{root} holds {', '.join(configs)}; name one of them, like tfds:{name}/{configs[-1]}")
+    if wanted:
+        chosen = [path for path in versions if path.name == wanted]
+        if not chosen:
+            known = ", ".join(sorted(path.name for path in versions))
+            raise InputError(f"{versions[0].parent} holds {known}, but no version {wanted}; name one that is there")
+        return chosen[0]
     return max(versions, key=lambda path: utils.Version(path.name))
 
 
