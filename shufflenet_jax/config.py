@@ -242,7 +242,8 @@ class TrainConfig:
     decay: Literal["no_norm", "matrices", "all"] = "no_norm"
     # Share of the target that is spread evenly over all classes.
     label_smoothing: float = 0.0
-    # File with a number for each class, one a line, which multiplies the losses of its images.
+    # File with a number for each class, one a line, which multiplies the losses of its images; their mean divides by
+    # the number of images, as in MMPretrain, not by the sum of their weights, as PyTorch's own mean does.
     class_weights: str | None = None
     # Mix each image with the next one of its batch-norm group, in shares from Beta(mixup, mixup); 0 never does.
     mixup: float = 0.0
@@ -253,7 +254,8 @@ class TrainConfig:
     clip_norm: float = 0.0
     # Keep an exponential moving average of parameters and statistics: the share of the old one at each update; 0: none.
     ema_decay: float = 0.0
-    # Steps between two updates of that average, counted anew in each epoch; during warm-up they copy.
+    # Steps between two updates of that average, counted anew in each epoch; those during warm-up copy, and so does the
+    # first one after it.
     ema_every: int = 1
     # Checkpoint, of any form, whose predictions the network learns beside the labels, or the .npz file of `eval.py
     # --predictions` with such predictions for the training images.

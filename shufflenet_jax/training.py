@@ -265,8 +265,11 @@ def recalibrated(number, before, after):
 def averaged(config, epoch, step, old, new):
     """The moving average after a step: PyTorch's AveragedModel, as torchvision's script updates it.
 
-    Until the warm-up is over, and the first time after it, it is a copy.
+    It is a copy until the warm-up is over, and at the first update after that.
     """
-    due = (step % epoch.steps % config.ema_every == 0) & (step < count_steps(config, epoch))
-    kept = jnp.where(step <= count_warmup(config, epoch), 0, config.ema_decay)
+    place = step % epoch.steps
+    due = (place % config.ema_every == 0) & (step < count_steps(config, epoch))
+    # That of the update before, which the end of an epoch may have brought nearer; of the first one it is below 0.
+    last = step - jnp.where(place > 0, config.ema_every, (epoch.steps - 1) % config.ema_every + 1)
+    kept = jnp.where(last < count_warmup(config, epoch), 0, config.ema_decay)
     return jax.tree.map(lambda a, b: jnp.where(due, kept * a + (1 - kept) * b, a), old, new)

@@ -127,7 +127,7 @@ def follow_command(step, call):
         script = [sys.executable, ROOT / "tests/small_training.py"]
         return subprocess.Popen([*script, *argv, *shorter], env={**os.environ, **step.variables})
     if "--help" in argv:
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main(argv)
         return None
     status, _, stderr = call(main, *argv, *shorter)

@@ -356,15 +356,19 @@ def test_a_folder_that_is_no_training_is_left_alone(ten_classes, tmp_path, refus
     assert len(list((tmp_path / "model").iterdir())) == 2
 
 
-def test_a_run_that_never_saved_anything_may_change_its_settings(tmp_path):
-    argv = (*SMALL, "--learning-rate", 1e30, "--log-every", 3, "--workdir", tmp_path / "run")
+def test_a_run_that_is_not_finite_names_its_last_checkpoint_and_without_one_may_change_its_settings(tmp_path):
+    argv = (*SMALL, "--batch-size", 480, "--epochs", 2, "--eval-every", 1, "--log-every", 1, "--learning-rate", 1e30)
+    argv += ("--workdir", tmp_path / "run")
     with pytest.raises(InputError, match=r"not finite at step .*; no checkpoint was saved yet"):
         train.main(list(map(str, argv)))
     info = tmp_path / "run/model.json"
     info.unlink()  # As if it had been stopped between its two files.
-    with pytest.raises(InputError, match="not finite at step"):
-        train.main(list(map(str, (*argv, "--dropout", 0.5))))
+    # Now the rate is 0 in the first epoch of 3 steps.
+    argv += ("--dropout", 0.5, "--warmup-epochs", 1, "--warmup-factor", 0)
+    with pytest.raises(InputError, match=r"not finite at step [56]; the last good one is .*/run/checkpoints/3; lower"):
+        train.main(list(map(str, argv)))
     assert json.loads(info.read_text())["dropout"] == 0.5
+    load_model(tmp_path / "run")  # Which refuses numbers that are not finite.
 
 
 def test_a_last_batch_too_small_for_batch_statistics_is_refused_before_anything_is_written(tmp_path, refused):
