@@ -20,8 +20,10 @@ CONFIG, LOCK, FINISHED = "config.json", "lock", "finished"
 # A resumed run gives the same numbers whatever these say, up to rounding.
 FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "log_every", "workers", "max_damaged"}
 # On which the numbers depend; a checkout is no installed package, but has a commit.
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy")
-LIBRARIES += ("opencv-python-headless", "pillow", "simplejpeg", "shufflenet_jax")
+LIBRARIES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy"),
+    *("opencv-python-headless", "pillow", "simplejpeg", "shufflenet_jax"),
+)
 
 
 @contextlib.contextmanager
