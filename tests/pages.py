@@ -50,7 +50,7 @@ SHORTER = {
     "benchmarks/model": ["--rounds", "1", "--seconds", "0.1", "--only", "ours", "PyTorch"],
     "benchmarks/second_core": ["--rounds", "1", "--seconds", "0.05"],
     "benchmarks/startup": ["--rounds", "1"],
-    "benchmarks/training_loop": ["--rounds", "1", "--steps", "1", "--batch-size", "8"],
+    "benchmarks/training_loop": ["--rounds", "1", "--steps", "1", "--batch-size", "1"],
 }
 SMALLER = {'"train": 100, "val": 50': '"train": 4, "val": 2', "range(5)": "range(2)"}  # In Python.
 # Invisible to the reader, a comment before a block says what no test has: its commands are not run.
