@@ -184,6 +184,13 @@ def child(kind, name, batch, dtype, seconds, folder, resolution=224, width=1.0):
     build = {"onnxruntime": onnx_inference, "openvino": openvino_inference}.get(INFERENCE[name])
     build = build or work[kind][INFERENCE[name]]
     call = build(name, batch, dtype, resolution, width, Path(folder))
+    median = median_seconds(call, seconds)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"milliseconds": 1e3 * median, "memory": memory}
+
+
+def median_seconds(call, seconds):
+    """Time of a call: the median of as many as fit into some seconds, at least three, after three that do not count."""
     for _ in range(3):
         call()
     times, end = [], time.perf_counter() + seconds
@@ -191,8 +198,7 @@ def child(kind, name, batch, dtype, seconds, folder, resolution=224, width=1.0):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"milliseconds": 1e3 * statistics.median(times), "memory": memory}
+    return statistics.median(times)
 
 
 def network(width):
@@ -338,12 +344,14 @@ def onnx_file(resolution, width, folder, *, int8=False):
     return str(path)
 
 
-def onnx_inference(name, batch, dtype, resolution, width, folder):
+def onnx_inference(name, batch, dtype, resolution, width, folder, *, threads=0):
     import numpy as np
     import onnxruntime
 
     path = onnx_file(resolution, width, folder, int8=name.endswith("int8"))
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads  # 0, its own default: as many as there are cores.
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     images = np.random.default_rng(0).normal(size=(batch, 3, resolution, resolution)).astype("f4")
     return lambda: session.run(None, {"images": images})
 

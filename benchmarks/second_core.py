@@ -13,16 +13,14 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
 from jax.sharding import NamedSharding, PartitionSpec
-from model import jax_inference, machine, onnx_file  # Which makes the package known.
+from model import jax_inference, machine, median_seconds, onnx_inference  # Which makes the package known.
 
 from shufflenet_jax import direct
 from shufflenet_jax.deploy import VECTOR
@@ -44,7 +42,7 @@ def main():
     for _ in range(options.rounds):
         for stage, kinds in calls.items():
             for kind, call in kinds.items():
-                found.setdefault((stage, kind), []).append(microseconds(call, options.seconds))
+                found.setdefault((stage, kind), []).append(1e6 * median_seconds(call, options.seconds))
 
     print(f"{machine()}; microseconds, median of {options.rounds} runs in turn\n")
     print("| whole network, one image | microseconds |\n| --- | --- |")
@@ -61,16 +59,14 @@ def main():
 
 def whole_networks():
     """{kind: a function that computes the logits of an image}."""
-    kinds = {"ours": jax_inference("ours", 1, "float32", 224, 1.0, None)}
-    image = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype("f4")
+    size = 1, "float32", 224, 1.0
     with tempfile.TemporaryDirectory() as folder:
-        path = onnx_file(224, 1.0, Path(folder))
-        for threads, kind in ((1, "ONNX Runtime, one thread"), (2, "ONNX Runtime, two threads")):
-            settings = onnxruntime.SessionOptions()
-            settings.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-            kinds[kind] = partial(session.run, None, {"images": image})
-    return kinds
+        onnx = partial(onnx_inference, "ONNX Runtime", *size, Path(folder))
+        return {
+            "ours": jax_inference("ours", *size, None),
+            "ONNX Runtime, one thread": onnx(threads=1),
+            "ONNX Runtime, two threads": onnx(threads=2),
+        }
 
 
 def contenders(side, channels):
@@ -126,18 +122,6 @@ def contenders(side, channels):
 
 def run(function, arrays):
     jax.block_until_ready(function(*arrays))
-
-
-def microseconds(call, seconds):
-    """Time of a call, the median of this run."""
-    for _ in range(3):
-        call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def require_sound(path, variables, info):
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise InputError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
     # What was saved in float32 may have been read as float64, exactly.
-    saved = (variables, jax.tree.map(np.float32, variables))
+    saved = (jax.tree.map(as_saved, variables) for as_saved in (np.asarray, np.float32))
     if info.sha256 is not None and info.sha256 not in map(hash_of_variables, saved):
         raise InputError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
 

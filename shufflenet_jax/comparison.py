@@ -1,18 +1,13 @@
 """Whether two ways to predict the same images really differ: which images flip, and how easily chance does as much."""
 
 import dataclasses
-import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 from scipy.stats import binomtest
 
-from .data import jpeg
-from .data.transforms import damage_named, decode
+from .data.transforms import decode
 from .errors import InputError
-
-OPPOSITE = {6: 8, 8: 6}  # Quarter turns; EXIF's other orientations undo themselves.
 
 
 class Flip(NamedTuple):
@@ -64,34 +59,16 @@ def compare(first, second):
     )
 
 
-def decoded_by(source, decoder, *, turned):
-    """The Source with its images decoded by "cv2" or "pillow", and `turned` as EXIF says or not, whichever decodes."""
+def decoded_by(source, decoder, *, oriented):
+    """The Source with its images decoded by "cv2" or "pillow", turned as EXIF says or not, whichever decodes."""
 
     def read(index):
         example = source[index]
         if not isinstance(example.image, bytes):
             return example
-        pixels = decode(example.image, decoder, example.name)
-        if turned != (decoder == "cv2"):
-            with damage_named(example.name):
-                orientation = _orientation(example.image)
-            pixels = _turn(pixels, orientation if turned else OPPOSITE.get(orientation, orientation))
-        return example._replace(image=pixels)
+        return example._replace(image=decode(example.image, decoder, example.name, oriented=oriented))
 
     return dataclasses.replace(source, read=read)
-
-
-def _orientation(data):
-    if data.startswith(jpeg.START):
-        return jpeg.read_header(data).orientation
-    with Image.open(io.BytesIO(data)) as opened:
-        return jpeg.orientation_in(opened.getexif())
-
-
-def _turn(pixels, orientation):
-    picture = Image.fromarray(pixels)
-    picture.getexif()[jpeg.ORIENTATION] = orientation
-    return np.asarray(ImageOps.exif_transpose(picture))
 
 
 def mcnemar(first_only, second_only):

@@ -88,9 +88,8 @@ def summarise(rows):
     labels, logits = np.asarray(likeliest(rows["logits"], rows["label"])), np.asarray(rows["logits"], np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     predicted, right = order[:, 0], order[:, 0] == labels
-    largest = logits.max(1)
-    sums = np.exp(logits - largest[:, None]).sum(1)
-    confidence = 1 / sums
+    normalizers = logsumexp(logits, axis=1)
+    confidence = np.exp(logits.max(1) - normalizers)
     bins = _bins(confidence, right)
     wrong = np.flatnonzero(~right)
     confused = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
@@ -98,7 +97,7 @@ def summarise(rows):
         images=len(labels),
         top1=_share(int(right.sum()), len(labels)),
         top5=_share(int((order == labels[:, None]).any(1).sum()), len(labels)),
-        loss=_mean(largest + np.log(sums) - _of_labels(logits, np.asarray(rows["label"]).reshape(len(labels), -1))),
+        loss=_mean(normalizers - _of_labels(logits, np.asarray(rows["label"]).reshape(len(labels), -1))),
         calibration_error=100 * sum(b.images * abs(b.accuracy - b.confidence) for b in bins) / len(labels),
         bins=bins,
         classes=_classes(labels, predicted),

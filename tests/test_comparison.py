@@ -126,7 +126,7 @@ def test_a_decoder_and_exifs_rotation_are_chosen_apart(form):
             ("pillow", False): np.asarray(opened.convert("RGB")),
         }
         for (decoder, turned), pixels in wanted.items():
-            assert_array_equal(decoded_by(source, decoder, turned=turned)[0].image, pixels)
+            assert_array_equal(decoded_by(source, decoder, oriented=turned)[0].image, pixels)
         assert (stored.shape == seen.shape) == (orientation < 5)
 
 
@@ -156,7 +156,7 @@ def test_decoder_and_rotation_are_each_changed_alone(own):
 def test_images_that_are_pixels_already_stay_as_they_are():
     pixels = np.zeros((2, 3, 3), np.uint8)
     source = Source(1, lambda index: Example("a", pixels, 0), 1, None, lambda: [0])
-    assert decoded_by(source, "pillow", turned=True)[0].image is pixels
+    assert decoded_by(source, "pillow", oriented=True)[0].image is pixels
 
 
 def test_eval_under_every_preprocessing(ten_classes, call):

@@ -173,8 +173,8 @@ def ways_to_prepare(own, source):
     turned = own.decoder == "cv2"
     # The decoders differ in two things, of which each is changed alone.
     decoded = {
-        f"decoded by {'Pillow' if turned else 'OpenCV'}": decoded_by(source, decoder, turned=turned),
-        f"EXIF's rotation {'ignored' if turned else 'applied'}": decoded_by(source, own.decoder, turned=not turned),
+        f"decoded by {'Pillow' if turned else 'OpenCV'}": decoded_by(source, decoder, oriented=turned),
+        f"EXIF's rotation {'ignored' if turned else 'applied'}": decoded_by(source, own.decoder, oriented=not turned),
     }
     ways = {
         "as MMPretrain does": MMPRETRAIN_EVAL,

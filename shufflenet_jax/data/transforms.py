@@ -11,7 +11,7 @@ import cv2
 import jax.numpy as jnp
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..errors import InputError
 from . import jpeg
@@ -49,18 +49,17 @@ def pixels_of(image, preprocess, name="image"):
     return to_channels(pixels, preprocess.channels)
 
 
-def decode(data, decoder, name="image"):
-    """Encoded bytes to a uint8 array (H, W, 3) in RGB. Raises InputError naming the image when they are damaged."""
+def decode(data, decoder, name="image", *, oriented=None):
+    """Encoded bytes to a uint8 array (H, W, 3) in RGB. Raises InputError naming the image when they are damaged.
+
+    `oriented` says whether EXIF's rotation is applied; by default OpenCV applies it and Pillow does not.
+    """
     with damage_named(name):
         if decoder == "cv2":
             _require_whole(data)
-            return _decode_opencv(data, oriented=True)
-        with Image.open(io.BytesIO(data)) as opened:
-            # Grey of 16 bits, which `convert` would clip to 8, not scale.
-            if opened.mode.startswith("I;16") or (opened.mode, opened.format) == ("I", "PPM"):
-                grey = (np.asarray(opened) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.asarray(opened.convert("RGB"))
+            return _decode_opencv(data, oriented=oriented is not False)
+        pixels = _decode_pillow(data)
+        return _turned(pixels, _require_whole(data).orientation) if oriented else pixels
 
 
 def decode_part(data, decoder, choose, name="image"):
@@ -105,6 +104,22 @@ def damage_named(name):
     except DAMAGE as error:
         reason = str(error).splitlines()[0].split(" <_io")[0] if str(error) else type(error).__name__
         raise InputError(f"image {name} is damaged or not an image ({reason}); repair or remove it") from error
+
+
+def _decode_pillow(data):
+    """uint8 (H, W, 3) in RGB, as stored."""
+    with Image.open(io.BytesIO(data)) as opened:
+        # Grey of 16 bits, which `convert` would clip to 8, not scale.
+        if opened.mode.startswith("I;16") or (opened.mode, opened.format) == ("I", "PPM"):
+            grey = (np.asarray(opened) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=-1)
+        return np.asarray(opened.convert("RGB"))
+
+
+def _turned(pixels, orientation):
+    picture = Image.fromarray(pixels)
+    picture.getexif()[jpeg.ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(picture))
 
 
 def _decode_opencv(data, *, oriented, half=False):
