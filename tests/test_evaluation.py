@@ -54,7 +54,7 @@ def test_counts_and_loss_are_those_of_the_logits(network):
 
 def test_devices_and_batch_sizes_change_nothing(network):
     expected, rows = run(network, batch_size=40)
-    for devices, batch_size in [(1, 7), (3, 1), (3, 16), (4, 7), (4, 128)]:
+    for devices, batch_size in [(1, 7), (3, 16), (4, 1)]:
         figures, others = run(network, batch_size=batch_size, devices=devices)
         assert [figures[key] for key in ("images", "top1_correct", "top5_correct")] == [
             expected[key] for key in ("images", "top1_correct", "top5_correct")

@@ -290,7 +290,7 @@ def test_no_tensorflow_is_imported(tmp_path):
     prepared = start(["prepare", "--source", source, "--name", "ten", "--out", tmp_path / "out", "--processes", 1], env)
     assert prepared.wait() == 0
     argv = ["--config", "digits", "--data", "tfds:ten", "--data-dir", tmp_path / "out", "--preprocessing", "cifar10"]
-    argv += ["--image-size", 16, "--batch-size", 8, "--epochs", 1, "--lowering", "plain", "--workers", 1]
+    argv += ["--image-size", 16, "--batch-size", 8, "--steps", 1, "--lowering", "plain", "--workers", 1]
     argv += ["--workdir", tmp_path / "run"]
     assert start(argv, env, script=[ROOT / "tests/small_training.py"]).wait() == 0
     assert not (tmp_path / "trace").exists()
