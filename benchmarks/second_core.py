@@ -3,9 +3,10 @@
     python benchmarks/second_core.py
 
 The network runs in the deployed form, and in ONNX Runtime with one thread and with two. The branch is two matrix
-products with a depthwise convolution between them, here as XLA runs it in that form, and in two ways to share the
-products: their rows in ten pieces, because XLA hands operations to another thread only when more than eight of them are
-ready; and half of the image's rows on each of two devices, which exchange one where the depthwise convolution needs it.
+products with a depthwise convolution between them, here as XLA runs it in that form, which shares the larger loops
+between threads; with no loop shared; and in two ways to share the products: their rows in ten pieces, because XLA hands
+operations to another thread only when more than eight of them are ready; and half of the image's rows on each of two
+devices, which exchange one where the depthwise convolution needs it.
 Medians over the rounds; tables go to stdout.
 """
 
@@ -27,6 +28,7 @@ from shufflenet_jax.deploy import VECTOR
 
 UNITS = 10  # One after the other, in one call.
 PIECES = 10
+UNSHARED = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}  # The pass that splits loops between threads.
 STAGES = {"stage 2": (28, 58), "stage 3": (14, 116), "stage 4": (8, 232)}  # Pixels a side (an even number), channels.
 
 
@@ -105,15 +107,14 @@ def contenders(side, channels):
     on_one, on_two = jax.device_put((image, weights), jax.devices()[0]), jax.device_put((image, weights), shardings)
 
     shared = partial(units, product, with_the_neighbours_row)
-    kinds = {
-        "whole": (partial(units, product, depthwise), on_one),
-        "products in ten pieces": (partial(units, in_pieces, depthwise), on_one),
-        "half on each of two devices": (
-            jax.shard_map(shared, mesh=mesh, in_specs=(halves, everywhere), out_specs=halves),
-            on_two,
-        ),
+    whole = partial(units, product, depthwise)
+    halved = jax.shard_map(shared, mesh=mesh, in_specs=(halves, everywhere), out_specs=halves)
+    compiled = {
+        "whole": (jax.jit(whole), on_one),
+        "no loop shared": (jax.jit(whole, compiler_options=UNSHARED), on_one),
+        "products in ten pieces": (jax.jit(partial(units, in_pieces, depthwise)), on_one),
+        "half on each of two devices": (jax.jit(halved), on_two),
     }
-    compiled = {kind: (jax.jit(function), arrays) for kind, (function, arrays) in kinds.items()}
     expected, *others = (np.asarray(function(*arrays)) for function, arrays in compiled.values())
     for other in others:
         np.testing.assert_allclose(other, expected, atol=1e-5 * expected.max())  # The same sums, in another order.
