@@ -5,9 +5,11 @@
 Preset cifar10. The loop reads, decodes, shifts and copies images, moves the progress bar and keeps the metrics; the
 steps alone do none of it. Both go on with the same training, some steps each in turn: the steps alone once the decoding
 threads have filled their buffers and rest, the loop once it has emptied these, so that it pays for each batch that it
-takes. A turn of the loop ends with a line of the log, which train.py has every 100 steps. On a CPU the decoding threads
-compete with the step for the cores, which counts as cost here; on an accelerator they do not. The time that the loop's
-own thread computes, decoding left out, is told beside it.
+takes; each after as many steps that do not count. It is the second pass over the data, or with `--first-pass` the
+first, which decodes small images for all later ones. A turn of the loop ends with a line of the log, which train.py has
+every 100 steps. On a CPU the decoding threads compete with the step for the cores, which counts as cost here; on an
+accelerator they do not. Told beside it are the time that the loop's own thread computes, and that of decoding a batch
+where nothing else runs.
 """
 
 import argparse
@@ -32,6 +34,7 @@ def main():
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8, help="of a turn (default: %(default)s)")
+    parser.add_argument("--first-pass", action="store_true", help="measure that one, not the second")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each (default: %(default)s)")
     options = parser.parse_args()
 
@@ -42,36 +45,58 @@ def main():
     cli.use_compilation_cache()
     cli.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        turns = list(measure(options, Path(folder)))
+        config, source = small_images(options, Path(folder))
+        skipped = 0 if options.first_pass else len(source) // config.batch_size + 1
+        decoding = 1000 * seconds_to_decode(source, config, skipped)
+        turns = list(measure(source, config, options, skipped))
     whole, bare, own = (1000 * statistics.median(column) for column in zip(*turns, strict=True))
     cost = statistics.median(100 * (loop / alone - 1) for loop, alone, _ in turns)
     print(
         f"{machine()}; {options.width}x, 32 x 32 pixels, batches of {options.batch_size}; medians of {options.rounds}\n"
     )
     print(
-        "| the loop, ms a step | the step alone, ms | the loop costs | its own thread, ms |\n| --- | --- | --- | --- |"
+        "| the loop, ms a step | the step alone, ms | the loop costs | its own thread, ms | decoding on one core, ms |"
     )
-    print(f"| {whole:.0f} | {bare:.0f} | {cost:.1f} % | {own:.1f} ({100 * own / bare:.1f} %) |")
+    print(f"|{' --- |' * 5}")
+    print(f"| {whole:.0f} | {bare:.0f} | {cost:.1f} % | {own:.1f} ({100 * own / bare:.1f} %) | {decoding:.1f} |")
     return 0
 
 
-def measure(options, folder):
+def small_images(options, folder):
+    """(config, source) of the training."""
+    from shufflenet_jax.config import PRESETS
+    from shufflenet_jax.data.sources import open_source
+
+    names = ("data_dir", "width", "batch_size")
+    changes = {"data": str(options.data or random_images(folder)), **{name: getattr(options, name) for name in names}}
+    config = dataclasses.replace(PRESETS["cifar10"], **changes)
+    return config, open_source(config.data, "train", data_dir=config.data_dir)
+
+
+def seconds_to_decode(source, config, skipped, batches=100):
+    """What a batch costs one core while nothing else runs, in reading, decoding and shifting."""
+    from shufflenet_jax.data.pipeline import train_batches
+
+    found = iter(train_batches(source, config, stop_step=skipped + batches, threads=1))
+    for _ in range(skipped):
+        next(found)
+    start = time.process_time()
+    for _ in found:
+        pass
+    return (time.process_time() - start) / batches
+
+
+def measure(source, config, options, skipped):
     """Seconds a step of each turn: in the loop, on a batch that lies ready, and computed by the loop's own thread."""
     import jax
 
     from shufflenet_jax import checkpoint, parallel
     from shufflenet_jax.commands import train
-    from shufflenet_jax.config import PRESETS
-    from shufflenet_jax.data.sources import open_source
     from shufflenet_jax.logs import Meter
     from shufflenet_jax.model import init_variables
     from shufflenet_jax.rows import Epoch
     from shufflenet_jax.training import create_state, train_step
 
-    names = ("data_dir", "width", "batch_size")
-    changes = {"data": str(options.data or random_images(folder)), **{name: getattr(options, name) for name in names}}
-    config = dataclasses.replace(PRESETS["cifar10"], **changes)
-    source = open_source(config.data, "train", data_dir=config.data_dir)
     epoch = Epoch(len(source), parallel.plan_batch(config))
     module = checkpoint.module_of(train.describe(config, source))
     step_fn = parallel.map_train_step(partial(train_step, module, config, epoch))
@@ -79,13 +104,17 @@ def measure(options, folder):
     steps = 1 + options.rounds * (BUFFERED + options.steps)
     if steps >= epoch.steps:
         raise SystemExit("error: more steps than a pass has, whose last batch is another program")
-    batches, meter = train.fed_batches(source, config, epoch, 0, steps), Meter()
+    batches, meter = train.fed_batches(source, config, epoch, 0, skipped + steps), Meter()
+    for _ in range(skipped):
+        next(batches)
     ready = next(batches)
     state, _ = jax.block_until_ready(step_fn(state, ready, {}))
     for _ in range(options.rounds):
         time.sleep(REST)
-        start = time.perf_counter()
-        for _ in range(options.steps):
+        for number in range(BUFFERED + options.steps):
+            if number == BUFFERED:
+                jax.block_until_ready(state)
+                start = time.perf_counter()
             state, _ = step_fn(state, ready, {})
         jax.block_until_ready(state)
         alone = time.perf_counter() - start

@@ -15,7 +15,7 @@ from shufflenet_jax.config import (
     TORCHVISION_EVAL_LARGE,
     TrainConfig,
 )
-from shufflenet_jax.data import transforms
+from shufflenet_jax.data import pipeline, transforms
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches, shuffled, train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
@@ -335,6 +335,19 @@ def test_a_damaged_training_image_is_named_and_replaced_without_changing_the_res
     )
     assert damaged["labels"][row] == sound[4].label
     assert not np.array_equal(damaged["images"][row], expected["images"][row])
+
+
+@pytest.mark.parametrize(("room", "decoded"), [(12 * 8 * 8 * 3, 12), (12 * 8 * 8 * 3 - 1, 36)])
+def test_images_that_fit_in_memory_together_are_decoded_once_and_change_nothing(monkeypatch, room, decoded):
+    files = [encode(picture(8, 8, seed)) for seed in range(12)]
+    source = Source(12, lambda i: Example(str(i), files[i], i), 12, None, tuple)
+    expected = joined(train_batches(source, config(batch_size=4), stop_step=9))
+    usual, calls = transforms.decode, []
+    monkeypatch.setattr(transforms, "decode", lambda data, *given: calls.append(data) or usual(data, *given))
+    monkeypatch.setattr(pipeline, "KEPT_BYTES", room)
+    found = joined(train_batches(source, config(batch_size=4), stop_step=9, threads=1))
+    assert len(calls) == decoded and set(calls) == set(files)
+    assert_equal_batches(found, expected)
 
 
 def test_data_in_which_nothing_can_be_read_is_refused():

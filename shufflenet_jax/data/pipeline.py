@@ -16,6 +16,8 @@ from ..errors import InputError
 from ..rows import Epoch, plan_layout
 from . import augment, transforms
 
+KEPT_BYTES = 2**28  # A training keeps decoded images, in each process that decodes, of data that fill no more memory.
+
 
 def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1, workers=0, threads=None):
     """All examples once, in order, in batches of one size: the last is filled up with rows whose mask is 0.
@@ -53,7 +55,7 @@ def train_batches(
     """The batches of steps start_step .. stop_step - 1. Every pass over the data has an order of its own.
 
     Each row is a pure function of the seed and its position in the run. A damaged image is replaced by the next sound
-    one of the data, prepared with the same random numbers; nothing else changes.
+    one of the data, prepared with the same random numbers; nothing else changes. Small images are decoded once.
 
     Args:
       source: a Source.
@@ -71,13 +73,15 @@ def train_batches(
     """
     layout = layout or plan_layout(config.batch_size, config.bn_group_size, 1, parts=1)
     size, preprocess, whole = len(source), config.train_preprocess, Epoch(len(source), layout)
+    # The fast crop decodes no more than it needs.
+    examples = source if config.crop == "random" and config.transform == "fast" else _Decoded(source, preprocess)
 
     def readable(index, seed):
         """(index, row) of the first sound image from an index on."""
         damaged = ""
         for found in (i % size for i in range(index, index + size)):
             try:
-                example = source[found]
+                example = examples[found]
                 # A new generator for each try: what a damaged image has drawn must not matter.
                 row = augment.training_row(example, config, preprocess, np.random.default_rng(seed))
                 return found, {**row, "labels": np.int32(example.label), "damaged": damaged}
@@ -98,6 +102,24 @@ def train_batches(
     part, parts = layout.batch_size // layout.parts, layout.parts
     rows = _host_rows(part, start_step * parts, stop_step * parts, host, hosts)
     return _batches(rows.map(load), layout.batch_size // hosts, workers, threads)
+
+
+class _Decoded:
+    """Examples of a source with their images decoded, and kept where all the data would fit in KEPT_BYTES like that."""
+
+    def __init__(self, source, preprocess):
+        self._source, self._preprocess, self._kept = source, preprocess, {}
+
+    def __getitem__(self, index):
+        found = self._kept.get(index)
+        if found is None:
+            found = self._source[index]
+            if isinstance(found.image, bytes):
+                pixels = transforms.decode(found.image, self._preprocess.decoder, found.name)
+                found = found._replace(image=pixels)
+                if pixels.nbytes * len(self._source) <= KEPT_BYTES:
+                    self._kept[index] = found
+        return found
 
 
 def shuffled(place, size, seed, epoch):
