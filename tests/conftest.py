@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compil
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # The tests compile more than they compute: XLA's quicker compilation saves a quarter of their time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# PyTorch's threads wait busily for each other: beside another test's work they take thirty times as long as one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT))
 
 import jax
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("real_data"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # The long files first, so that no process has one left when the others are done.
+    items.sort(key=lambda item: item.path.stem not in {"test_hosts", "test_porting", "test_train", "test_training"})
 
 
 @pytest.fixture(scope="session")

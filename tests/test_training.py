@@ -607,9 +607,9 @@ def test_three_steps_from_the_real_weights_on_real_images_are_pytorchs_in_float6
 @pytest.mark.real_data
 def test_a_step_in_float32_is_as_near_to_float64_as_pytorchs(real_steps):
     tensors, images, labels = real_steps
-    ratios = {}
-    for i in range(3):
-        step = Step(tensors, images[i : i + 1], labels[i : i + 1])
+    images, labels, ratios = images.reshape(-1, *images.shape[2:]), labels.ravel(), {}
+    for rows in np.arange(20).reshape(5, 1, 4):
+        step = Step(tensors, images[rows], labels[rows])
         ours, theirs = step.in_jax("float32")[0], step.in_pytorch("float32")[0]
         with jax.enable_x64(True):
             exact = step.in_pytorch("float64")[0]
@@ -617,7 +617,7 @@ def test_a_step_in_float32_is_as_near_to_float64_as_pytorchs(real_steps):
             ratios.setdefault(name, []).append(norm(ours[name], exact[name]) / norm(theirs[name], exact[name]))
     for name, found in ratios.items():
         # One ReLU or pool window that rounding decides the other way outweighs all else in a batch, on either side:
-        # so the middle one of three batches is judged.
+        # so the middle one of five batches is judged.
         assert np.median(found) <= 3, (name, found)
 
 
