@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -20,7 +21,8 @@ class MetricsLog:
     """
 
     def __init__(self, workdir, *, last_step):
-        from tensorboardX import SummaryWriter  # Imports torch where there is one.
+        with _without_torch():
+            from tensorboardX import SummaryWriter
 
         self._path = workdir / METRICS
         rows = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
@@ -48,6 +50,19 @@ class MetricsLog:
             if value is not None:
                 self._events.add_scalar(f"{split}/{name}", value, step)
         return row
+
+
+@contextlib.contextmanager
+def _without_torch():
+    """tensorboardX imports PyTorch where there is one, a second or two, for its type of tensors alone."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def read_metrics(path):

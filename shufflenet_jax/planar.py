@@ -166,6 +166,7 @@ def _depthwise_forward(x, kernel, stride):
     return _depthwise(x, kernel, stride), (x, kernel)
 
 
+@partial(jax.jit, static_argnums=0)
 def _depthwise_backward(stride, saved, dy):
     x, kernel = saved
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -208,6 +209,7 @@ def _batch_norm(x, scale, bias, epsilon, relu):
     return _batch_norm_forward(x, scale, bias, epsilon, relu)[0]
 
 
+@partial(jax.jit, static_argnums=(3, 4))
 def _batch_norm_forward(x, scale, bias, epsilon, relu):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(PIXELS)
@@ -217,6 +219,7 @@ def _batch_norm_forward(x, scale, bias, epsilon, relu):
     return (y, mean, var), (x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _batch_norm_backward(epsilon, relu, saved, cotangents):
     x, y, mean, inverse, scale = saved
     wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -38,7 +38,9 @@ def plot_curves(workdir, *, title=None):
             points = [(row["epoch"], row[name]) for row in drawn]
             if points:
                 axes.plot(*zip(*points, strict=True), label=split, markersize=3, linewidth=1.2, **STYLES[split])
-        _over_epochs(axes, ylabel=label, yscale=scale)
+        # A loss that is always zero, as of a single class, has no place on a logarithmic axis.
+        positive = any(max(line.get_ydata()) > 0 for line in axes.lines)
+        _over_epochs(axes, ylabel=label, yscale=scale if positive else "linear")
     if figure.axes[0].lines:
         figure.axes[0].legend(frameon=False)
     figure.suptitle(title or workdir.name, parse_math=False)

@@ -112,6 +112,9 @@ def test_plot_draws_the_curves_again(trained, tmp_path, call, refused):
     assert call(__main__.main, "plot", run)[:2] == (0, f"{run / 'curves.png'}\n")
     with Image.open(run / "curves.png") as ours, Image.open(trained / "curves.png") as theirs:
         assert ours.size == theirs.size
+    row = {"step": 1, "epoch": 1.0, "split": "eval", "loss": 0.0, "top1": 100.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")  # Of one class: Matplotlib would warn of its logarithm.
+    assert call(__main__.main, "plot", run)[0] == 0
     assert "holds no metrics.jsonl" in refused(__main__.main, "plot", tmp_path)
 
 
