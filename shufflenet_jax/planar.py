@@ -3,6 +3,8 @@
 XLA compiles loops over neighbouring numbers well. In this layout every operation is such a loop, over whole rows of
 pixels of all images: a shift by a pixel moves by N numbers, a stride of 2 skips rows of N, the channels of a unit's
 branches lie in one piece, and a 1x1 convolution is one matrix product with its large side contiguous.
+
+The gradients that take longest to trace are under `jax.jit`, so that layers of one shape are traced once.
 """
 
 import math
