@@ -279,12 +279,13 @@ def test_killed_and_started_again_it_gives_the_same_files(tmp_path, call):
         assert (tmp_path / "killed/pets/1.0.0" / name).stat().st_mtime_ns == written, "finished shards are kept"
 
 
-def test_no_tensorflow_is_imported(tmp_path):
-    """A package of that name, which notes its import, stands where a real one would."""
-    (tmp_path / "path/tensorflow").mkdir(parents=True)
-    (tmp_path / "path/tensorflow/__init__.py").write_text(
-        f"open({str(tmp_path / 'trace')!r}, 'w')\nraise ImportError\n"
-    )
+def test_neither_tensorflow_nor_pytorch_is_imported(tmp_path):
+    """Packages of that name and of PyTorch's, which note their import, stand where real ones would."""
+    for name in ("tensorflow", "torch"):
+        (tmp_path / "path" / name).mkdir(parents=True)
+        (tmp_path / "path" / name / "__init__.py").write_text(
+            f"open({str(tmp_path / 'trace')!r}, 'a').write({name!r})\nraise ImportError\n"
+        )
     source = class_folder(tmp_path / "source", {f"{split}/{i}": 2 for split in ("train", "val") for i in range(10)})
     env = {"PYTHONPATH": str(tmp_path / "path")}
     prepared = start(["prepare", "--source", source, "--name", "ten", "--out", tmp_path / "out", "--processes", 1], env)
@@ -293,9 +294,10 @@ def test_no_tensorflow_is_imported(tmp_path):
     argv += ["--image-size", 16, "--batch-size", 8, "--steps", 1, "--lowering", "plain", "--workers", 1]
     argv += ["--workdir", tmp_path / "run"]
     assert start(argv, env, script=[ROOT / "tests/small_training.py"]).wait() == 0
-    assert not (tmp_path / "trace").exists()
-    noted = subprocess.run([sys.executable, "-c", "import tensorflow"], env={**os.environ, **env}, capture_output=True)
-    assert noted.returncode == 1 and (tmp_path / "trace").exists(), "the trap works"
+    assert not (tmp_path / "trace").exists(), (tmp_path / "trace").read_text()
+    for name in ("tensorflow", "torch"):
+        noted = subprocess.run([sys.executable, "-c", f"import {name}"], env={**os.environ, **env}, capture_output=True)
+        assert noted.returncode == 1 and (tmp_path / "trace").read_text().endswith(name), "the trap works"
 
 
 # Reading them
