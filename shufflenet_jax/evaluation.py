@@ -1,17 +1,12 @@
 """Counts and losses over a data set as masked sums: every image once, whatever the batches and the devices."""
 
-import zipfile
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .data import transforms
 from .errors import InputError
-from .files import open_file, path_of
-
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)
+from .files import DAMAGED_ZIP, open_file, path_of
 
 
 def eval_step(module, preprocess, variables, batch, *, flip=False, among=None):

@@ -8,11 +8,14 @@ import os
 import shutil
 import stat
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 from .errors import InputError
 
 LARGEST = 400_000_000  # Bytes of a file that is read at once: several times what any image takes.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # What zipfile raises.
 MOST_SHOWN = 200  # Characters of a name in an error.
 
 

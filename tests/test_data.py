@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import zipfile
 
 import cv2
 import numpy as np
@@ -361,3 +362,36 @@ def test_bad_input_keeps_its_type_and_words_across_decoding_threads(tmp_path):
     (root / "val/x/11.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"x/11\.jpg is damaged"):
         list(eval_batches(open_source(root), MMPRETRAIN_EVAL, batch_size=4))
+
+
+@pytest.mark.parametrize("top", ["", "photos/"])
+def test_zip_reads_as_the_folder_it_holds(tmp_path, top):
+    rng = np.random.default_rng(0)
+    for name in ("val/cat/b.png", "val/cat/a.webp", "val/dog/deep/c.bmp", "train/dog/d.jpg", "val/dog/notes.txt"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".txt":
+            path.write_text("no image")
+        else:
+            Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(path)
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
+        for path in (tmp_path / "tree").rglob("*"):
+            archive.write(path, top + path.relative_to(tmp_path / "tree").as_posix())
+
+    folder, zipped = (open_source(str(tmp_path / name)) for name in ("tree", "tree.zip"))
+    assert [zipped[i] for i in range(len(zipped))] == [folder[i] for i in range(len(folder))]
+    assert (len(zipped), zipped.classes, list(zipped.labels())) == (3, ("cat", "dog"), [0, 0, 1])
+    with pytest.raises(InputError, match="has no split 'test'"):
+        open_source(str(tmp_path / "tree.zip"), "test")
+
+
+def test_zip_with_lists_takes_the_labels_of_the_lists(tmp_path):
+    pixels = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(pixels, "png")
+    with zipfile.ZipFile(tmp_path / "listed.zip", "w") as archive:
+        archive.writestr("top/meta/val.txt", "b.png 4\nmissing.png 1\n")
+        archive.writestr("top/val/b.png", pixels.getvalue())
+    source = open_source(str(tmp_path / "listed.zip"))
+    assert (len(source), source.num_classes, source[0].label) == (2, 5, 4)
+    with pytest.raises(InputError, match=r"val/missing\.png cannot be read"):
+        source[1]

@@ -5,7 +5,6 @@ result is a pure function of the source and the options.
 """
 
 import dataclasses
-import functools
 import io
 import json
 import multiprocessing
@@ -13,7 +12,6 @@ import re
 import shutil
 import tarfile
 import zipfile
-import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,51 +26,21 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ..cli import usable_cores
 from ..errors import InputError
-from ..files import LARGEST, path_of, printable, read_file
+from ..files import path_of, printable
 from .jpeg import ORIENTATION, orientation_in
 from .labels import imagenet_classes
-from .sources import IMAGE_SUFFIXES, open_tfds
+from .locations import Location, zip_files
+from .sources import EVAL_SPLITS, IMAGE_SUFFIXES, open_tfds
 from .transforms import damage_named, decode
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # Records are read one by one, and JPEGs do not shrink further.
 
 
-class Piece(NamedTuple):
-    """Where the bytes of an image lie: a file, a part of one, or a member of a zip."""
-
-    path: str
-    offset: int = 0
-    size: int = -1
-    member: str | None = None
-
-    def read(self):
-        """The bytes. Raises InputError where they cannot be had, or are far more than an image has."""
-        try:
-            if self.member is not None:
-                self._require_small(_zip(self.path).getinfo(self.member).file_size)
-                return _zip(self.path).read(self.member)
-            if self.size < 0:
-                return read_file(self.path)
-            self._require_small(self.size)
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                return file.read(self.size)
-        # zipfile raises the others for members that are damaged, locked or packed in a way it does not know.
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(
-                f"image {self.member or self.path} cannot be read: {error}; repair or remove it"
-            ) from error
-
-    def _require_small(self, size):
-        if size > LARGEST:
-            raise OSError(f"it has {size:,} bytes")
-
-
 class Entry(NamedTuple):
     name: str
     label: int
-    piece: Piece
+    location: Location
 
 
 @dataclass(frozen=True)
@@ -91,11 +59,6 @@ class Contents:
 
     splits: dict
     classes: tuple
-
-
-@functools.cache
-def _zip(path):
-    return zipfile.ZipFile(path)
 
 
 # Sources
@@ -131,22 +94,18 @@ def read_contents(source):
 def _folder_files(root):
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            yield path.relative_to(root).parts, Piece(str(path))
+            yield path.relative_to(root).parts, Location(str(path))
 
 
 def _zip_files(path):
-    names = sorted(info.filename for info in _zip(path).infolist() if not info.is_dir())
-    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    # Many zips hold everything in one folder of their own name.
-    depth = min((name.count("/") for name in images), default=0)
-    inner = depth > 2 and len({name.split("/")[0] for name in images}) == 1
-    for name in images:
-        yield tuple(name.split("/"))[1 if inner else 0 :], Piece(str(path), member=name)
+    for parts, location in zip_files(path, splits=("train", *EVAL_SPLITS)).items():
+        if Path(parts[-1]).suffix.lower() in IMAGE_SUFFIXES:
+            yield parts, location
 
 
 def _read_tree(files):
-    """Class folders: files come as ((split, class, ..., name), piece)."""
-    files = [(parts, piece) for parts, piece in files if len(parts) >= 3]
+    """Class folders: files come as ((split, class, ..., name), location)."""
+    files = [(parts, location) for parts, location in files if len(parts) >= 3]
     for split in {parts[0] for parts, _ in files}:
         if not re.fullmatch(r"\w+", split):
             raise InputError(f"{split!r} is no name for a split; use letters, digits and _")
@@ -156,8 +115,8 @@ def _read_tree(files):
     classes = tuple(sorted({parts[1] for parts, _ in files}))
     rank = {name: label for label, name in enumerate(classes)}
     splits = {}
-    for (split, *parts), piece in files:
-        splits.setdefault(split, []).append(Entry(printable("/".join(parts)), rank[parts[0]], piece))
+    for (split, *parts), location in files:
+        splits.setdefault(split, []).append(Entry(printable("/".join(parts)), rank[parts[0]], location))
     return Contents(splits, classes)
 
 
@@ -169,7 +128,7 @@ def _read_tars(paths):
         members = list(_tar_members(path, 0))
         if any(name.endswith(".tar") for name, *_ in members):
             splits["train"] = [
-                Entry(inner, _label(rank, name.removesuffix(".tar"), path), Piece(str(path), start, size))
+                Entry(inner, _label(rank, name.removesuffix(".tar"), path), Location(str(path), start, size))
                 for name, offset, _ in sorted(members)
                 for inner, start, size in sorted(_tar_members(path, offset))
             ]
@@ -181,7 +140,7 @@ def _read_tars(paths):
                 if not number or not 1 <= int(number[1]) <= len(wnids):
                     raise InputError(f"{path} holds {name}, which is no image of ILSVRC2012's validation set")
                 wnid = wnids[int(number[1]) - 1]
-                splits["validation"].append(Entry(name, rank[wnid], Piece(str(path), start, size)))
+                splits["validation"].append(Entry(name, rank[wnid], Location(str(path), start, size)))
     return Contents(splits, classes)
 
 
@@ -241,7 +200,7 @@ def shrink(data, short_edge, quality, name):
 
 def stored_bytes(entry, options):
     """What the data set keeps of an image. Raises InputError when it is damaged."""
-    data = entry.piece.read()
+    data = entry.location.read()
     if options.short_edge is None:
         decode(data, "pillow", entry.name)
         return data

@@ -1,17 +1,19 @@
 """Labelled images by position: TFDS data sets, class folders, MMPretrain's lists, the digits inside scikit-learn."""
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from ..cli import progress
 from ..errors import InputError
-from ..files import path_of, read_file, require_plain
+from ..files import DAMAGED_ZIP, path_of, require_plain
+from .locations import Location, zip_files
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 EVAL_SPLITS = ("val", "validation", "test")
@@ -47,7 +49,7 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
     """Opens what `--data` names.
 
     Args:
-      data: "digits", "tfds:NAME" or a folder, with `<split>/<class>/<image>` or `meta/<split>.txt`.
+      data: "digits", "tfds:NAME", or a folder or a zip of one, with `<split>/<class>/<image>` or `meta/<split>.txt`.
       split: its split; None takes the first of val, validation and test that exists.
       data_dir: where TFDS data sets lie; by default TFDS's own place.
       classes: the names that decide the labels of class folders and data sets; by default their own, in order.
@@ -208,15 +210,68 @@ def _open_digits(split):
     return Source(len(chosen), read, 10, tuple("0123456789"), labels.tolist)
 
 
+class _Tree(NamedTuple):
+    """A folder of images, or a zip of one."""
+
+    path: Path
+    has_split: Callable[[str], bool]
+    listing: Callable[[str], Location | None]  # The list of a split, meta/<split>.txt.
+    classes: Callable[[str], Iterable[str]]  # The class folders of a split.
+    files: Callable[[str], Iterable[tuple[tuple[str, ...], Location]]]  # In those: parts of their paths in the split.
+    locate: Callable[[str], Location]  # A file, by its path.
+
+
 def _open_folder(root, split, classes):
-    if not root.is_dir():
-        raise InputError(f"no data at {root}; give 'digits' or a folder of images")
-    path_of(root / (split or ""))
-    split = _choose_split(
-        split, str(root), lambda name: (root / name).is_dir() or (root / "meta" / f"{name}.txt").is_file()
+    if root.is_file() and zipfile.is_zipfile(root):
+        tree = _zip_tree(root)
+    elif root.is_dir():
+        path_of(root / (split or ""))
+        tree = _folder_tree(root)
+    else:
+        raise InputError(f"no data at {root}; give 'digits', or a folder or a zip of images")
+    split = _choose_split(split, str(root), lambda name: tree.has_split(name) or tree.listing(name) is not None)
+    return _open_list(tree, split) if tree.listing(split) is not None else _open_classes(tree, split, classes)
+
+
+def _folder_tree(root):
+    def listing(split):
+        path = root / "meta" / f"{split}.txt"
+        return Location(str(path)) if path.is_file() else None
+
+    def classes(split):
+        return (entry.name for entry in (root / split).iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+    def files(split):
+        for name in sorted(classes(split)):
+            for path in sorted((root / split / name).rglob("*")):
+                yield path.relative_to(root / split).parts, Location(str(path))
+
+    def locate(name):
+        return Location(str(path_of(root / name)))
+
+    return _Tree(root, lambda name: (root / name).is_dir(), listing, classes, files, locate)
+
+
+def _zip_tree(path):
+    try:
+        stored = zip_files(path, splits=("train", *EVAL_SPLITS))
+    except (OSError, ValueError, *DAMAGED_ZIP) as error:
+        raise InputError(f"{path} is damaged: {error}; fetch it again") from error
+
+    def files(split):
+        for (first, *parts), location in stored.items():
+            if first == split and len(parts) > 1 and not parts[0].startswith("."):
+                yield tuple(parts), location
+
+    splits = {parts[0] for parts in stored if len(parts) > 1} - {"meta"}
+    return _Tree(
+        path,
+        splits.__contains__,
+        lambda split: stored.get(("meta", f"{split}.txt")),
+        lambda split: {parts[0] for parts, _ in files(split)},
+        files,
+        lambda name: stored.get(PurePosixPath(name).parts, Location(str(path), member=name)),
     )
-    listing = root / "meta" / f"{split}.txt"
-    return _open_list(listing, root / split) if listing.is_file() else _open_classes(root / split, classes)
 
 
 def _choose_split(split, what, exists):
@@ -241,10 +296,10 @@ def _rank(present, classes, what):
     return rank
 
 
-def _open_list(listing, folder):
+def _open_list(tree, split):
     """MMPretrain's form: a line `file label` for each image below the split's folder."""
-    names, labels = [], []
-    for number, line in enumerate(_read_file(listing).decode(errors="replace").splitlines(), start=1):
+    names, labels, listing = [], [], f"{tree.path}/meta/{split}.txt"
+    for number, line in enumerate(tree.listing(split).read().decode(errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
@@ -254,36 +309,30 @@ def _open_list(listing, folder):
         labels.append(int(label))
     if not names:
         raise InputError(f"{listing} lists no images")
+    locations = [tree.locate(f"{split}/{name}") for name in names]
 
     def read(index):
-        return Example(names[index], _read_file(folder / names[index]), labels[index])
+        return Example(names[index], locations[index].read(), labels[index])
 
     return Source(len(names), read, max(labels) + 1, None, lambda: labels)
 
 
-def _open_classes(folder, classes):
+def _open_classes(tree, split, classes):
     """One folder a class; `classes` decides the labels, also of data that holds only some of them."""
-    present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    what = f"{tree.path}/{split}"
+    present = sorted(tree.classes(split))
     classes = tuple(present) if classes is None else tuple(classes)
-    rank = _rank(present, classes, str(folder))
-    files = [
-        (path.relative_to(folder).as_posix(), rank[name])
-        for name in present
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+    rank = _rank(present, classes, what)
+    images = [
+        ("/".join(parts), rank[parts[0]], location)
+        for parts, location in tree.files(split)
+        if Path(parts[-1]).suffix.lower() in IMAGE_SUFFIXES
     ]
-    if not files:
-        raise InputError(f"{folder} holds no images in class folders, <class>/<image>")
+    if not images:
+        raise InputError(f"{what} holds no images in class folders, <class>/<image>")
 
     def read(index):
-        name, label = files[index]
-        return Example(name, _read_file(folder / name), label)
+        name, label, location = images[index]
+        return Example(name, location.read(), label)
 
-    return Source(len(files), read, len(classes), classes, lambda: (label for _, label in files))
-
-
-def _read_file(path):
-    try:
-        return read_file(path_of(path))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return Source(len(images), read, len(classes), classes, lambda: (label for _, label, _ in images))
