@@ -49,13 +49,13 @@ def open_zip(path):
 def zip_files(path, *, splits=()):
     """List the files in a zip, sorted by path, as {parts of the path: Location}.
 
-    Many zips hold everything in one folder of their own name, NAME/<split>/<class>/<image>: its name is left out of the
-    parts, unless it is one of the `splits`.
+    Many zips hold everything in one folder of their own name, NAME/<split>/<class>/<image> or NAME/meta/<split>.txt:
+    its name is left out of the parts, unless it is one of the `splits`.
     """
     names = [info.filename for info in open_zip(str(path)).infolist() if not info.is_dir()]
     files = {PurePosixPath(name).parts: Location(str(path), member=name) for name in names}
     tops = {parts[0] for parts in files}
-    deep = all(len(parts) > 3 or "meta" in parts[1:2] for parts in files)
+    deep = all(len(parts) > 3 for parts in files) or any(parts[1:2] == ("meta",) for parts in files)
     if len(tops) == 1 and not tops & set(splits) and deep:
         files = {parts[1:]: location for parts, location in files.items()}
     return dict(sorted(files.items()))
