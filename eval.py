@@ -2,7 +2,7 @@
 
 import sys
 
-from shufflenet_jax.cli import run
+from shufflenet_jax.commands.console import run
 from shufflenet_jax.commands.evaluate import main
 
 if __name__ == "__main__":

@@ -53,16 +53,16 @@ def main():
 def ours(checkpoint, data):
     from functools import partial
 
-    from shufflenet_jax import cli, parallel
+    from shufflenet_jax import parallel, process
     from shufflenet_jax.commands.evaluate import CPU_BATCH
     from shufflenet_jax.data.pipeline import eval_batches
     from shufflenet_jax.data.sources import open_source
     from shufflenet_jax.deploy import deploy
-    from shufflenet_jax.evaluation import eval_step, evaluate
+    from shufflenet_jax.evaluation.counting import eval_step, evaluate
     from shufflenet_jax.loading import load_model
 
-    cli.use_compilation_cache()  # As `cli.run` does for every command.
-    cli.keep_freed_memory()
+    process.enable_compilation_cache()  # As `console.run` does for every command.
+    process.keep_freed_memory()
     module, variables, info = load_model(checkpoint)
     source = open_source(data, classes=info.classes, num_classes=info.num_classes)
     deployed, weights = deploy(module, variables)
@@ -77,7 +77,7 @@ def ours(checkpoint, data):
 def peer(checkpoint, data):
     import torch
 
-    from shufflenet_jax.data import transforms
+    from shufflenet_jax.data import geometry
     from shufflenet_jax.data.sources import open_source
     from shufflenet_jax.porting import convert, reference
 
@@ -98,7 +98,7 @@ def peer(checkpoint, data):
 
         def __getitem__(self, index):
             example = source[index]
-            pixels = transforms.prepare(example.image, preprocess, example.name)
+            pixels = geometry.prepare(example.image, preprocess, example.name)
             return torch.from_numpy(pixels.copy()), example.label
 
     loader = torch.utils.data.DataLoader(

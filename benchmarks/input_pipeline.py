@@ -81,25 +81,27 @@ def main():
 
 def prepare_sets(data, split, folder):
     """{set: folder}, each with files/, the images, and sets/, the same as ArrayRecords."""
-    from shufflenet_jax.data import prepare
+    from shufflenet_jax.preparation import dataset
+    from shufflenet_jax.preparation.contents import read_contents
+    from shufflenet_jax.preparation.records import StoreOptions, shrink
 
-    contents = prepare.read_contents(data)
+    contents = read_contents(data)
     sets = {}
     for where in SETS:
         home = folder / where.replace(" ", "_")
         for entry in contents.splits[split]:
-            stored = entry.piece.read()
+            stored = entry.location.read()
             if where != "original":
-                stored = prepare.shrink(stored, 256, 90, entry.name)
+                stored = shrink(stored, 256, 90, entry.name)
             for copy in range(COPIES):
                 path = home / "files" / "train" / entry.name
                 path = path.with_name(f"{copy}_{path.name}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(stored)
-        plan = prepare.plan_images(
-            prepare.read_contents(home / "files"), home / "files", "bench", home / "sets", prepare.Options()
+        plan = dataset.plan_images(
+            read_contents(home / "files"), home / "files", "bench", home / "sets", StoreOptions()
         )
-        prepare.write(plan, processes=1)
+        dataset.write(plan, processes=1)
         sets[where] = home
     return sets
 
@@ -153,10 +155,10 @@ def child(kind, spec, home, seconds):
 
 
 def run_ours(spec, home, seconds):
-    from shufflenet_jax import cli
+    from shufflenet_jax import process
 
     settings = json.loads(spec)
-    cli.keep_freed_memory()  # As all commands do.
+    process.keep_freed_memory()  # As all commands do.
     return rate_of((BATCH for _ in our_batches(settings, home)), seconds, warm=4 + 4 * settings["workers"])
 
 
@@ -188,7 +190,7 @@ def run_pillow(_, home, seconds):
     import numpy as np
     from PIL import Image
 
-    from shufflenet_jax.data.augment import random_crop_box
+    from shufflenet_jax.data.augmentation import random_crop_box
 
     files = [path.read_bytes() for path in sorted((home / "files").rglob("*.*")) if path.is_file()]
     rng = np.random.default_rng(0)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 INFERENCE = {  # contender: the module that it needs
     "ours": "jax",
-    "ours, plain lowering": "jax",
+    "ours, reference lowering": "jax",
     "PyTorch": "torch",
     "PyTorch, channels last": "torch",
     "torch.compile": "torch",
@@ -216,20 +216,20 @@ def network(width):
     return found.eval()
 
 
-def converted(width, dtype, plain):
+def converted(width, dtype, *, reference):
     """(module, variables): the same network in JAX."""
     import jax.numpy as jnp
 
-    from shufflenet_jax import cli
+    from shufflenet_jax import process
     from shufflenet_jax.porting import dialects
 
-    cli.use_compilation_cache()  # As all commands do.
-    cli.keep_freed_memory()
+    process.enable_compilation_cache()  # As all commands do.
+    process.keep_freed_memory()
     rules = dialects.DIALECTS["torchvision"]
     tensors = {key: tensor.numpy() for key, tensor in network(width).state_dict().items()}
     module = dialects.module_for(tensors, rules)
     variables = dialects.from_torch(tensors, rules, module)[0]
-    return module.clone(dtype=jnp.dtype(dtype), lowering="plain" if plain else "auto"), variables
+    return module.clone(dtype=jnp.dtype(dtype), lowering="reference" if reference else "auto"), variables
 
 
 def jax_inference(name, batch, dtype, resolution, width, _):
@@ -238,9 +238,9 @@ def jax_inference(name, batch, dtype, resolution, width, _):
 
     from shufflenet_jax.deploy import deploy
 
-    plain = name != "ours"
-    network, weights = converted(width, dtype, plain)
-    if not plain:
+    reference = name != "ours"
+    network, weights = converted(width, dtype, reference=reference)
+    if not reference:
         network, weights = deploy(network, weights)
     weights = jax.device_put(weights)
     images = jax.device_put(np.random.default_rng(0).normal(size=(batch, resolution, resolution, 3)).astype("f4"))
@@ -254,24 +254,26 @@ def jax_step(name, batch, dtype, resolution, width, _):
     import jax
     import numpy as np
 
-    from shufflenet_jax import parallel, training
+    from shufflenet_jax import parallel
+    from shufflenet_jax.batch_groups import Epoch
     from shufflenet_jax.config import TrainConfig
-    from shufflenet_jax.rows import Epoch
+    from shufflenet_jax.training.state import create_state
+    from shufflenet_jax.training.step import Constants, train_step
 
-    module, variables = converted(width, dtype, name != "ours")
+    module, variables = converted(width, dtype, reference=name != "ours")
     config = TrainConfig(data="none", batch_size=batch, bn_group_size=0, accumulate=1)
     device = jax.local_devices()[:1]
-    layout = parallel.plan_batch(config, device)
-    epoch = Epoch(1000 * batch, layout)
-    state = parallel.replicate(training.create_state(module, config, epoch, variables), device)
-    step = parallel.map_train_step(partial(training.train_step, module, config, epoch), device)
+    plan = parallel.plan_for_devices(config, device)
+    epoch = Epoch(1000 * batch, plan)
+    state = parallel.replicate(create_state(module, config, epoch, variables), device)
+    step = parallel.map_train_step(partial(train_step, module, config, epoch), device)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, resolution, resolution, 3), dtype=np.uint8)
-    (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], layout, device)
+    (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], plan, device)
 
     def call():
         nonlocal state
-        state, metrics = step(state, fed, {})
+        state, metrics = step(state, fed, Constants())
         jax.block_until_ready((state, metrics))
 
     return call
@@ -334,7 +336,7 @@ def onnx_file(resolution, width, folder, *, int8=False):
     path = folder / f"{width}_{resolution}{'_int8' if int8 else ''}.onnx"
     if not path.exists():
         preprocess = dataclasses.replace(TORCHVISION_EVAL, resize=resolution, crop=resolution)
-        common = (*converted(width, "float32", plain=False), preprocess)
+        common = (*converted(width, "float32", reference=False), preprocess)
         model, activations = graph.make_model(*common)
         if int8:
             noise = np.random.default_rng(1).normal(size=(8, 3, resolution, resolution)).astype("f4")

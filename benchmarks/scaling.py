@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 
-from shufflenet_jax.config import PRESETS
+from shufflenet_jax.batch_groups import Epoch, plan_batch
 from shufflenet_jax.data.sources import KNOWN_SIZES
 from shufflenet_jax.model import ShuffleNetV2, variable_shapes
 from shufflenet_jax.parallel import ACCELERATOR_ROWS
-from shufflenet_jax.rows import Epoch, plan_layout
-from shufflenet_jax.training import count_steps
+from shufflenet_jax.recipes import PRESETS
+from shufflenet_jax.training.schedule import count_steps
 
 DEVICES = (8, 32, 256)
 CONTENDERS = {"exact": "ours, exact, threads", "fast": "ours, fast, threads"}
@@ -46,13 +46,13 @@ def main():
 def needs(devices, device_rate, record):
     """{what: how much} for a number of devices."""
     config = PRESETS["in1k"]
-    layout = plan_layout(config.batch_size, config.bn_group_size, devices, most=ACCELERATOR_ROWS)
-    epoch = Epoch(KNOWN_SIZES[config.data], layout)
+    plan = plan_batch(config.batch_size, config.bn_group_size, devices, most=ACCELERATOR_ROWS)
+    epoch = Epoch(KNOWN_SIZES[config.data], plan)
     steps = count_steps(config, epoch)
     rate = devices * device_rate
-    each = layout.rows * layout.parts
-    sharing = layout.group // layout.rows if layout.rows < layout.group else 1
-    shared = f"a group on {sharing} devices" if sharing > 1 else f"{each // layout.group} group(s) each"
+    each = plan.device_batch * plan.parts
+    sharing = plan.group // plan.device_batch if plan.device_batch < plan.group else 1
+    shared = f"a group on {sharing} devices" if sharing > 1 else f"{each // plan.group} group(s) each"
     reduced = bytes_reduced(devices)
     found = {
         "images of a step on each, batch norm's groups of 64": f"{each}, {shared}",

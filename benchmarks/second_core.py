@@ -23,8 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from model import jax_inference, machine, median_seconds, onnx_inference  # Which makes the package known.
 
-from shufflenet_jax import direct
 from shufflenet_jax.deploy import VECTOR
+from shufflenet_jax.lowerings import direct
 
 UNITS = 10  # One after the other, in one call.
 PIECES = 10

@@ -40,10 +40,10 @@ def main():
 
     from model import machine
 
-    from shufflenet_jax import cli
+    from shufflenet_jax import process
 
-    cli.use_compilation_cache()
-    cli.keep_freed_memory()
+    process.enable_compilation_cache()
+    process.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         config, source = small_images(options, Path(folder))
         skipped = 0 if options.first_pass else len(source) // config.batch_size + 1
@@ -64,8 +64,8 @@ def main():
 
 def small_images(options, folder):
     """(config, source) of the training."""
-    from shufflenet_jax.config import PRESETS
     from shufflenet_jax.data.sources import open_source
+    from shufflenet_jax.recipes import PRESETS
 
     names = ("data_dir", "width", "batch_size")
     changes = {"data": str(options.data or random_images(folder)), **{name: getattr(options, name) for name in names}}
@@ -91,31 +91,32 @@ def measure(source, config, options, skipped):
     import jax
 
     from shufflenet_jax import checkpoint, parallel
-    from shufflenet_jax.commands import train
-    from shufflenet_jax.logs import Meter
+    from shufflenet_jax.batch_groups import Epoch
     from shufflenet_jax.model import init_variables
-    from shufflenet_jax.rows import Epoch
-    from shufflenet_jax.training import create_state, train_step
+    from shufflenet_jax.training import loop
+    from shufflenet_jax.training.logs import Meter
+    from shufflenet_jax.training.state import create_state
+    from shufflenet_jax.training.step import Constants, train_step
 
-    epoch = Epoch(len(source), parallel.plan_batch(config))
-    module = checkpoint.module_of(train.describe(config, source))
+    epoch = Epoch(len(source), parallel.plan_for_devices(config))
+    module = checkpoint.module_of(loop.describe_model(config, source))
     step_fn = parallel.map_train_step(partial(train_step, module, config, epoch))
     state = parallel.replicate(create_state(module, config, epoch, init_variables(module)))
     steps = 1 + options.rounds * (BUFFERED + options.steps)
     if steps >= epoch.steps:
         raise SystemExit("error: more steps than a pass has, whose last batch is another program")
-    batches, meter = train.fed_batches(source, config, epoch, 0, skipped + steps), Meter()
+    batches, meter = loop.fed_batches(source, config, epoch, 0, skipped + steps), Meter()
     for _ in range(skipped):
         next(batches)
     ready = next(batches)
-    state, _ = jax.block_until_ready(step_fn(state, ready, {}))
+    state, _ = jax.block_until_ready(step_fn(state, ready, Constants()))
     for _ in range(options.rounds):
         time.sleep(REST)
         for number in range(BUFFERED + options.steps):
             if number == BUFFERED:
                 jax.block_until_ready(state)
                 start = time.perf_counter()
-            state, _ = step_fn(state, ready, {})
+            state, _ = step_fn(state, ready, Constants())
         jax.block_until_ready(state)
         alone = time.perf_counter() - start
 
@@ -124,7 +125,7 @@ def measure(source, config, options, skipped):
                 jax.block_until_ready(state)
                 meter.restart()
                 own, start = time.thread_time(), time.perf_counter()
-            state, metrics = step_fn(state, next(batches), {})
+            state, metrics = step_fn(state, next(batches), Constants())
             meter.add(number, metrics, config.batch_size)
         meter.take()
         own = time.thread_time() - own

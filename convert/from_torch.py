@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # So that it also runs where the package is not installed.
 
-from shufflenet_jax.cli import run
+from shufflenet_jax.commands.console import run
 from shufflenet_jax.commands.from_torch import main
 
 if __name__ == "__main__":

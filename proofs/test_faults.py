@@ -5,7 +5,7 @@ import os
 import pytest
 from faults import harness
 
-from shufflenet_jax.cli import usable_cores
+from shufflenet_jax.data.workers import usable_cores
 
 SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
 SEED = int(os.environ.get("SEED", "2026"))

@@ -5,24 +5,43 @@
 >>> snet.inference_model(model, "bird.jpg")["pred_class"]
 >>> module, variables = snet.load("shufflenet_v2_x1_0")
 >>> logits, features = module.apply(variables, images)
+>>> snet.train(snet.PRESETS["digits"], "runs/digits").best.top1
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import TrainConfig
     from .inference import Model, get_model, inference_model
     from .model import ShuffleNetV2
     from .published import list_models
+    from .recipes import PRESETS
+    from .training.loop import TrainResult, train
 
-__all__ = ["Model", "ShuffleNetV2", "get_model", "inference_model", "list_models", "load"]
+__all__ = [
+    "PRESETS",
+    "Model",
+    "ShuffleNetV2",
+    "TrainConfig",
+    "TrainResult",
+    "get_model",
+    "inference_model",
+    "list_models",
+    "load",
+    "train",
+]
 
 _PLACES = {
+    "PRESETS": "recipes",
     "Model": "inference",
     "ShuffleNetV2": "model",
+    "TrainConfig": "config",
+    "TrainResult": "training.loop",
     "get_model": "inference",
     "inference_model": "inference",
     "list_models": "published",
+    "train": "training.loop",
 }
 
 

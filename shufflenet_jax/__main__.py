@@ -4,7 +4,8 @@ import argparse
 import importlib
 import sys
 
-from .cli import CommandLine, run
+from .commands.console import run
+from .commands.parsing import CommandLine
 
 COMMANDS = {  # name: (module with main(argv), what it does)
     "train": ("train", "train a preset"),

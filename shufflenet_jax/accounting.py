@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from .model import FEATURES, variable_shapes
+from .architecture import FEATURES
+from .model import variable_shapes
 
 
 class Stage(NamedTuple):
@@ -54,7 +55,7 @@ def count(module, height, width):
     Returns:
       A list of Stage: stem, stage2, stage3, stage4, and conv5 and fc where the module has them.
     """
-    module = module.clone(lowering="plain", remat=False)
+    module = module.clone(lowering="reference", remat=False)
     variables = variable_shapes(module)
     images = jax.ShapeDtypeStruct((1, height, width, module.in_chans), jnp.float32)
     jaxpr, shapes = jax.make_jaxpr(module.apply, return_shape=True)(variables, images)

@@ -70,7 +70,7 @@ def require_free(directory, *, overwrite):
     directory = path_of(directory)
     only_a_model = directory.is_dir() and {path.name for path in directory.iterdir()} == {INFO, VARIABLES}
     if directory.exists() and not (overwrite and only_a_model):
-        advice = "choose another --out" if overwrite else "choose another --out, or add --overwrite to replace a model"
+        advice = "choose another place" if overwrite else "choose another place, or set `overwrite` to replace a model"
         raise InputError(f"{directory} exists already; {advice}")
 
 
@@ -82,7 +82,7 @@ def load_directory(directory, *, ema=False, **settings):
     if not (directory / VARIABLES).is_dir():
         directory = _best_or_latest(directory)
     if ema and not (directory / EMA).is_dir():
-        raise InputError(f"{directory} holds no moving averages; leave --ema out")
+        raise InputError(f"{directory} holds no moving averages; leave `ema` out")
     variables = _restore(directory / (EMA if ema else VARIABLES), variable_shapes(module))
     require_sound(directory, variables, info)
     return module, variables, info

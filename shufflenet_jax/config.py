@@ -8,8 +8,9 @@ import json
 import math
 import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from .architecture import CHANNELS, LAYERS, Layout
 from .errors import InputError
 
 
@@ -74,8 +75,11 @@ class Preprocess:
 
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
 MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
-LAYERS = ("conv1", "stage2", "stage3", "stage4", "conv5")  # Of the backbone.
-WIDTHS = (0.5, 1.0, 1.5, 2.0)
+# How the network's operations run: "reference" is the slow, plain form, "auto" the fastest one for the backend.
+LoweringName = Literal["auto", "cpu", "reference"]
+LOWERINGS = typing.get_args(LoweringName)
+RENAMED = {"planar": "cpu", "plain": "reference"}  # Lowerings under their names before version 0.2.
+Initialization = Literal["mmpretrain", "pytorch"]  # MMPretrain's and the authors' initial weights, or PyTorch's own.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MMPRETRAIN_EVAL = Preprocess(
     "cv2", 256, "pillow", 224, "RGB", 1.0, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
@@ -101,7 +105,7 @@ class ModelInfo:
     """What model.json holds: all that is needed to build the network and to feed it as its authors did."""
 
     width: float
-    layout: Literal["torchvision", "megvii"]
+    layout: Layout
     num_classes: int  # 0: no classifier.
     preprocess: Preprocess
     classes: tuple[str, ...] | None = None  # Name of each label; WNIDs for ImageNet.
@@ -116,7 +120,7 @@ class ModelInfo:
     def __post_init__(self):
         _require_types("model.json", self)
         possible = 0 <= self.num_classes <= MOST and 0 <= self.dropout < 1
-        if self.width not in WIDTHS or not possible or (self.num_classes and not self.conv5):
+        if self.width not in CHANNELS or not possible or (self.num_classes and not self.conv5):
             raise InputError("model.json describes no network of this family")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise InputError(f"model.json names {len(self.classes)} classes, but num_classes is {self.num_classes}")
@@ -145,7 +149,8 @@ class ModelInfo:
 class TrainConfig:
     """Training of a ShuffleNetV2."""
 
-    # Data: "tfds:NAME", a folder of images, <split>/<class>/<image> or with lists meta/<split>.txt, or "digits".
+    # Data: "tfds:NAME"; a folder of images or a zip of one, <split>/<class>/<image> or with lists meta/<split>.txt; or
+    # "digits".
     data: str
     # Where TFDS data sets lie; by default TFDS's own place.
     data_dir: str | None = None
@@ -156,7 +161,7 @@ class TrainConfig:
     # Width of the network: 0.5, 1.0, 1.5 or 2.0 times the channels of the stages.
     width: float = 1.0
     # Wiring of the network; "megvii" is the authors' own.
-    layout: Literal["torchvision", "megvii"] = "torchvision"
+    layout: Layout = "torchvision"
     # First convolution with stride 1 and no max pool after it, for images of 16 to 64 pixels.
     small_stem: bool = False
     # Checkpoint, of any form, to begin with; a classifier for other classes is made anew.
@@ -164,7 +169,7 @@ class TrainConfig:
     # What stays as it is, its batch norm in inference mode, like "conv1,stage2"; "backbone": all but the classifier.
     freeze: str = ""
     # Whose initial weights: MMPretrain's and the authors', or PyTorch's own, which torchvision's networks begin with.
-    initial: Literal["mmpretrain", "pytorch"] = "mmpretrain"
+    initial: Initialization = "mmpretrain"
     # Whose way to decode, scale and normalise images; "digits" makes them grey.
     preprocessing: Literal["mmpretrain", "torchvision", "megvii", "cifar10", "digits"] = "mmpretrain"
     # Side of the square input in training, in pixels.
@@ -266,8 +271,8 @@ class TrainConfig:
     temperature: float = 4.0
     # Type of the computation; parameters, statistics and logits stay float32 (float64 with float64).
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    # How the operations are lowered; "plain" is the slow reference.
-    lowering: Literal["auto", "planar", "plain"] = "auto"
+    # How the network's operations run; "reference" is the slow, plain form.
+    lowering: LoweringName = "auto"
     # Recompute each unit in the backward pass: less memory, more time.
     remat: bool = False
     # Seed of initialisation, order and augmentation.
@@ -280,6 +285,7 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
+        object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
         counts = (
             "epochs",
             "batch_size",
@@ -313,8 +319,8 @@ class TrainConfig:
         for name in ("momentum", "dropout", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
-        if self.width not in WIDTHS:
-            raise InputError(f"width is {self.width}, but must be one of {', '.join(map(str, WIDTHS))}")
+        if self.width not in CHANNELS:
+            raise InputError(f"width is {self.width}, but must be one of {', '.join(map(str, CHANNELS))}")
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}, but must be more than 0")
         if self.preprocess.crop > self.preprocess.resize:
@@ -350,86 +356,21 @@ class TrainConfig:
         return dataclasses.replace(PREPROCESSING[self.preprocessing], resize=resize, crop=side)
 
 
-PRESETS = {
-    # MMPretrain's shufflenet-v2-1x_16xb64_in1k, which made 69.55 / 88.92: 16 GPUs with 64 images each.
-    "in1k": TrainConfig(data="tfds:imagenet2012", warmup_steps=5000),
-    # The authors' own; on how many GPUs is not told.
-    "in1k_megvii": TrainConfig(
-        data="tfds:imagenet2012",
-        layout="megvii",
-        preprocessing="megvii",
-        color_jitter=0.4,
-        steps=300_000,
-        recalibrate=1250,
-        decay="matrices",
-        label_smoothing=0.1,
-    ),
-    # torchvision's for 1.5x and 2.0x: 8 GPUs with 128 images each. For 0.5x and 1.0x no recipe was published.
-    "in1k_torchvision": TrainConfig(
-        data="tfds:imagenet2012",
-        width=1.5,
-        initial="pytorch",
-        preprocessing="torchvision",
-        image_size=176,
-        eval_size=224,
-        eval_resize=232,
-        trivial_augment=True,
-        random_erasing=0.1,
-        repeats=4,
-        epochs=600,
-        bn_group_size=128,
-        schedule="cosine",
-        lr_every="epoch",
-        warmup_epochs=5,
-        warmup_factor=0.01,
-        warmup="linear",
-        warmup_first=True,
-        weight_decay=2e-5,
-        label_smoothing=0.1,
-        mixup=0.2,
-        cutmix=1.0,
-        # Asked for as 0.99998, which their script takes as that of batches of 1, in as many epochs as are to come.
-        ema_decay=1 - (1 - 0.99998) * 1024 * 32 / 600,
-        ema_every=32,
-    ),
-    # chenyaofo's pytorch-cifar-models: one GPU. Their rate moved once an epoch, which 200 of them do not tell apart.
-    "cifar10": TrainConfig(
-        data="tfds:cifar10",
-        small_stem=True,
-        initial="pytorch",
-        preprocessing="cifar10",
-        image_size=32,
-        crop="center",
-        shift=4,
-        epochs=200,
-        batch_size=256,
-        bn_group_size=0,
-        eval_batch_size=1000,
-        learning_rate=0.1,
-        schedule="cosine",
-        nesterov=True,
-        weight_decay=5e-4,
-        decay="all",
-    ),
-    # The 8x8 digits inside scikit-learn, enlarged: shows in minutes on a laptop that all parts work together.
-    "digits": TrainConfig(
-        data="digits",
-        width=0.5,
-        small_stem=True,
-        preprocessing="digits",
-        image_size=32,
-        crop="center",
-        flip=False,
-        shift=2,
-        epochs=12,
-        batch_size=64,
-        bn_group_size=0,
-        eval_batch_size=128,
-        learning_rate=0.02,
-        log_every=20,
-        eval_every=2,
-    ),
-}
+# What a setting was before it existed, where its default is something else.
+BEFORE_IT_EXISTED: dict[str, Any] = {}
+
+
+def current_settings(stored):
+    """Return the settings that an older version stored, as a TrainConfig of today would hold them.
+
+    Settings that the older version lacked take the value of its behavior, and renamed values their new names.
+
+    Args:
+      stored: the fields of a TrainConfig, as a dict.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    settings = {**defaults, **BEFORE_IT_EXISTED, **stored}
+    return {**settings, "lowering": RENAMED.get(settings["lowering"], settings["lowering"])}
 
 
 def _tuples(values):

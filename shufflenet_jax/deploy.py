@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import ops, plain
-from .model import EPSILON, UNITS, ShuffleNetV2
+from . import lowerings
+from .architecture import UNITS
+from .lowerings import reference
+from .model import EPSILON, ShuffleNetV2
 
 VECTOR = 16  # Numbers that a CPU computes at once; products whose outputs are whole vectors take up to a quarter less.
 
@@ -29,7 +31,7 @@ class Deployed:
     def apply(self, weights, images):
         """(logits, features) of images (B, H, W, C), as `ShuffleNetV2` has them, but for inference only."""
         module, params, dtype = self.module, weights["params"], self.module.dtype
-        lower = ops.for_inference(module.lowering)
+        lower = lowerings.for_inference(module.lowering)
 
         def layers(x, unit, *names, stride=1):
             """One after the other, with bias and ReLU but behind depthwise ones; the stride is the 3x3 one's."""
@@ -39,7 +41,7 @@ class Deployed:
                 groups = x.shape[-1] // kernel.shape[2]
                 x = lower.conv(x, kernel, stride=stride if len(kernel) > 1 else 1, groups=groups)
                 if "bias" in conv:  # Which has no number for outputs that only fill up a vector.
-                    x = jax.nn.relu(x[..., : len(conv["bias"])] + plain.per_channel(conv["bias"].astype(dtype)))
+                    x = jax.nn.relu(x[..., : len(conv["bias"])] + reference.per_channel(conv["bias"].astype(dtype)))
             return x
 
         right_branch = "right_pw1", "right_dw", "right_pw2"
@@ -60,7 +62,7 @@ class Deployed:
 
         features["conv5"] = x = layers(x, params, "conv5")
         stored = jnp.promote_types(dtype, jnp.float32)
-        features["pooled"] = x = plain.global_mean(x.astype(stored))
+        features["pooled"] = x = reference.global_mean(x.astype(stored))
         if not module.num_classes:
             return None, features
         logits = x @ params["fc"]["kernel"].astype(stored)

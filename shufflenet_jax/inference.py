@@ -11,12 +11,12 @@ import numpy as np
 
 from .checkpoint import module_of
 from .config import ModelInfo, Preprocess
-from .data import transforms
+from .data import geometry
 from .data.labels import class_name, imagenet_classes
 from .deploy import deploy
 from .errors import InputError
-from .evaluation import forward
 from .files import path_of, read_file
+from .forward import forward
 from .loading import load_model
 from .model import ShuffleNetV2, init_variables
 from .porting import dialects
@@ -56,7 +56,7 @@ class Model:
           InputError: it is no image.
         """
         content, called = _content(image)
-        return transforms.prepare(content, self.info.preprocess, name or called)[None]
+        return geometry.prepare(content, self.info.preprocess, name or called)[None]
 
     def class_name(self, label: int) -> str:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""

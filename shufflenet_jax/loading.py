@@ -1,4 +1,4 @@
-"""What a `--checkpoint` may be, and how each of its forms becomes a network."""
+"""What a checkpoint may be, and how each of its forms becomes a network."""
 
 from .checkpoint import load_directory
 from .errors import InputError
@@ -31,7 +31,7 @@ def load_model(checkpoint, *, ema=False, **settings):
         )
     if path.suffix == ".safetensors" and path.is_file():
         if ema:
-            raise InputError(f"{path} holds no moving averages; leave --ema out")
+            raise InputError(f"{path} holds no moving averages; leave `ema` out")
         return read_safetensors(path, **settings)
     if path.is_file():
         return load_directory(_converted(path, ema), **settings)
@@ -42,7 +42,7 @@ def _converted(path, ema):
     """The model directory of a .pth file in the cache; converted, and verified, on first use."""
     directory = cache_dir() / "converted" / f"{path.stem[:100]}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
     if not directory.exists():
-        from .porting import convert  # Needs torch, whose import alone takes a second.
+        from .porting import convert
 
         with locked(directory):
             if not directory.exists():

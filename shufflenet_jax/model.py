@@ -4,28 +4,20 @@ Channel counts, initial weights and batch-norm constants are those of MMPretrain
 """
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from . import ops
+from . import lowerings
+from .architecture import CHANNELS, LAYOUTS, STEM_CHANNELS, UNITS
+from .batch_groups import BatchGroups
+from .config import Initialization
 from .errors import InputError
-from .rows import Rows
+from .lowerings.shuffle import channel_shuffle, split_even_odd
 
-CHANNELS = {  # width: output channels of stage2, stage3, stage4, conv5
-    0.5: (48, 96, 192, 1024),
-    1.0: (116, 232, 464, 1024),
-    1.5: (176, 352, 704, 1024),
-    2.0: (244, 488, 976, 2048),
-}
-STEM_CHANNELS = 24
-UNITS = {"stage2": 4, "stage3": 8, "stage4": 4}
-LAYOUTS = ("torchvision", "megvii")
-FEATURES = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
 EPSILON = 1e-5
-INITIAL = ("mmpretrain", "pytorch")
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's own: up to 1 / sqrt(inputs).
 MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part that is new.
 
@@ -44,8 +36,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        lower = ops.resolve(self.lowering)
-        fan = x.shape[lower.CHANNELS] // self.groups
+        lower = lowerings.resolve(self.lowering)
+        fan = x.shape[lower.CHANNEL_AXIS] // self.groups
         init = UNIFORM if self.initial == "pytorch" else nn.initializers.normal(self.stddev or 1 / fan)
         kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
@@ -57,12 +49,12 @@ class BatchNorm(nn.Module):
 
     train: bool
     relu: bool = False
-    lowering: str = "plain"
+    lowering: str = "reference"
 
     @nn.compact
-    def __call__(self, x, rows):
-        lower = ops.resolve(self.lowering)
-        channels, dtype = (x.shape[lower.CHANNELS],), _stored(x.dtype)
+    def __call__(self, x, batch_groups):
+        lower = lowerings.resolve(self.lowering)
+        channels, dtype = (x.shape[lower.CHANNEL_AXIS],), _stored(x.dtype)
         scale = self.param("scale", nn.initializers.ones, channels, dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
@@ -71,9 +63,9 @@ class BatchNorm(nn.Module):
         if not self.train:
             return lower.normalize(x, running_mean.value, running_var.value, scale, bias, **common)
 
-        if rows.spans is None and x.size // channels[0] < 2:
+        if batch_groups.spans is None and x.size // channels[0] < 2:
             raise InputError("batch norm needs more than one value per channel to train: enlarge the batch")
-        x, mean, var = lower.batch_norm(x, scale, bias, rows, **common)
+        x, mean, var = lower.batch_norm(x, scale, bias, batch_groups, **common)
         if not self.is_initializing():
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
@@ -95,7 +87,7 @@ class ConvBN(nn.Module):
     stddev: float | None = None
 
     @nn.compact
-    def __call__(self, x, rows):
+    def __call__(self, x, batch_groups):
         conv = Conv(
             self.features,
             self.size,
@@ -107,7 +99,7 @@ class ConvBN(nn.Module):
             self.stddev,
             name="conv",
         )
-        return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x), rows)
+        return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x), batch_groups)
 
 
 class Unit(nn.Module):
@@ -126,25 +118,25 @@ class Unit(nn.Module):
     initial: str = "mmpretrain"
 
     @nn.compact
-    def __call__(self, x, rows):
+    def __call__(self, x, batch_groups):
         names = ("train", "dtype", "lowering", "initial")
         layer = partial(ConvBN, **{name: getattr(self, name) for name in names})
-        axis = ops.resolve(self.lowering).CHANNELS
+        axis = lowerings.resolve(self.lowering).CHANNEL_AXIS
         inputs = x.shape[axis]
         middle = self.features // 2
         if self.stride == 2:
             left_features = inputs if self.layout == "megvii" else middle
             left = right = x
-            left = layer(inputs, 3, stride=2, groups=inputs, relu=False, name="left_dw")(left, rows)
-            left = layer(left_features, 1, name="left_pw")(left, rows)
+            left = layer(inputs, 3, stride=2, groups=inputs, relu=False, name="left_dw")(left, batch_groups)
+            left = layer(left_features, 1, name="left_pw")(left, batch_groups)
         else:
-            left, right = ops.split_even_odd(x, axis=axis) if self.layout == "megvii" else jnp.split(x, 2, axis=axis)
+            left, right = split_even_odd(x, axis=axis) if self.layout == "megvii" else jnp.split(x, 2, axis=axis)
 
-        right = layer(middle, 1, name="right_pw1")(right, rows)
-        right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right, rows)
-        right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right, rows)
+        right = layer(middle, 1, name="right_pw1")(right, batch_groups)
+        right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right, batch_groups)
+        right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right, batch_groups)
         x = jnp.concatenate([left, right], axis=axis)
-        return x if self.layout == "megvii" else ops.channel_shuffle(x, axis=axis)
+        return x if self.layout == "megvii" else channel_shuffle(x, axis=axis)
 
 
 class Dropout(nn.Module):
@@ -154,10 +146,10 @@ class Dropout(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x, rows):
+    def __call__(self, x, batch_groups):
         if not (self.rate and self.train):
             return x
-        places = jnp.arange(len(x)) if rows.places is None else rows.places
+        places = jnp.arange(len(x)) if batch_groups.places is None else batch_groups.places
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), places)
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(kept, x / (1 - self.rate), 0)
@@ -169,7 +161,7 @@ class ShuffleNetV2(nn.Module):
     Images are (B, H, W, in_chans) floats of any resolution, normalised as the weights expect. Logits are
     (B, num_classes), at least float32. Features are a dict of every stage's output at a 1/4, 1/8, 1/16 and 1/32 of the
     input's resolution, and `pooled` (B, conv5's channels); those of layers which the module lacks are missing.
-    `rows`, a Rows, says which images share batch statistics in training; by default all do.
+    `batch_groups` says which images share batch statistics in training; by default all do.
     """
 
     width: float = 1.0  # A key of CHANNELS: the column of the paper's table 5.
@@ -180,7 +172,7 @@ class ShuffleNetV2(nn.Module):
     conv5: bool = True  # False ends the network after stage4, as some published backbones do.
     dropout: float = 0.0  # Before the classifier; Megvii trains 2.0x with 0.2.
     dtype: Any = jnp.float32  # Of the computation: bfloat16 keeps parameters, statistics and logits in float32.
-    lowering: str = "auto"  # See ops.py; "plain" is the reference.
+    lowering: str = "auto"  # See lowerings; "reference" is the slow, plain form.
     remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
     frozen: tuple[
         str, ...
@@ -188,8 +180,8 @@ class ShuffleNetV2(nn.Module):
     initial: str = "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
 
     @nn.compact
-    def __call__(self, images, *, train=False, rows=None):
-        if self.width not in CHANNELS or self.layout not in LAYOUTS or self.initial not in INITIAL:
+    def __call__(self, images, *, train=False, batch_groups=None):
+        if self.width not in CHANNELS or self.layout not in LAYOUTS or self.initial not in get_args(Initialization):
             raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}, {self.initial!r}")
         if self.num_classes and not self.conv5:
             raise ValueError("a classifier needs conv5")
@@ -204,31 +196,31 @@ class ShuffleNetV2(nn.Module):
             return train and layer not in self.frozen
 
         unit = nn.remat(Unit) if self.remat else Unit
-        lower = ops.resolve(self.lowering)
-        features, rows = {}, rows or Rows()
+        lower = lowerings.resolve(self.lowering)
+        features, batch_groups = {}, batch_groups or BatchGroups()
 
-        x = lower.enter(images.astype(self.dtype))
+        x = lower.from_nhwc(images.astype(self.dtype))
         stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2, "stddev": 0.01}
-        x = ConvBN(STEM_CHANNELS, 3, **stem, name="conv1", **common)(x, rows)
+        x = ConvBN(STEM_CHANNELS, 3, **stem, name="conv1", **common)(x, batch_groups)
         x = x if self.small_stem else lower.max_pool(x)
-        features["stem"] = lower.leave(x)  # (B, H/4, W/4, 24)
+        features["stem"] = lower.to_nhwc(x)  # (B, H/4, W/4, 24)
         for (stage, units), channels in zip(UNITS.items(), stage_channels, strict=True):
             for index in range(units):
                 stride = 2 if index == 0 else 1
                 settings = {"train": training(stage), "name": f"{stage}_unit{index}", **common}
-                x = unit(channels, stride, self.layout, **settings)(x, rows)
-            features[stage] = lower.leave(x)  # (B, H/8 ... H/32, W/8 ... W/32, channels)
+                x = unit(channels, stride, self.layout, **settings)(x, batch_groups)
+            features[stage] = lower.to_nhwc(x)  # (B, H/8 ... H/32, W/8 ... W/32, channels)
         if not self.conv5:
             return None, features
 
-        x = ConvBN(conv5_channels, 1, train=training("conv5"), name="conv5", **common)(x, rows)
-        features["conv5"] = lower.leave(x)
+        x = ConvBN(conv5_channels, 1, train=training("conv5"), name="conv5", **common)(x, batch_groups)
+        features["conv5"] = lower.to_nhwc(x)
         stored = _stored(self.dtype)
         features["pooled"] = x = lower.global_mean(x.astype(stored))  # (B, conv5's channels)
         if not self.num_classes:
             return None, features
 
-        x = Dropout(self.dropout, train)(x, rows)
+        x = Dropout(self.dropout, train)(x, batch_groups)
         uniform, inputs = self.initial == "pytorch", x.shape[1]
         # Megvii's classifier alone has no bias.
         fc = nn.Dense(
@@ -253,10 +245,17 @@ def init_variables(module, *, seed=0):
     return jax.jit(module.init)(jax.random.key(seed), images)
 
 
+def describe(module):
+    """Name a ShuffleNetV2 in a few words: its width, wiring and classes."""
+    stem = ", small stem" if module.small_stem else ""
+    head = f"{module.num_classes} classes" if module.num_classes else "no classifier: features only"
+    return f"{module.width}x, {module.layout} layout{stem}, {head}"
+
+
 def variable_shapes(module):
     """The tree of shapes and types of a ShuffleNetV2's variables; nothing is computed."""
     # The reference lowering is the quickest to trace, and all have the same variables.
-    return _variable_shapes(module.clone(lowering="plain", remat=False), jax.config.jax_enable_x64)
+    return _variable_shapes(module.clone(lowering="reference", remat=False), jax.config.jax_enable_x64)
 
 
 @cache

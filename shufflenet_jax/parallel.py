@@ -9,6 +9,7 @@ every one has to do, in the same order.
 
 import contextlib
 import hashlib
+import logging
 import os
 import subprocess
 from collections import deque
@@ -19,9 +20,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import cli
+from .batch_groups import AXIS, plan_batch
 from .errors import InputError
-from .rows import AXIS, plan_layout
+
+logger = logging.getLogger(__name__)
 
 # Images of 224 x 224 that a device trains on at a time: activations take some 30 MB each.
 CPU_ROWS, ACCELERATOR_ROWS = 64, 256
@@ -34,35 +36,36 @@ ADVICE = (
 
 
 @contextlib.contextmanager
-def joined(address=None, processes=None, process=None):
+def joined(coordinator_address=None, num_processes=None, process_id=None, *, on_joined=lambda process, processes: None):
     """In the block, the processes of a run on several hosts compute together; a run of one process is left as it is.
 
     Without arguments, they find each other on TPU pods, in a step of several Slurm tasks and in indexed jobs of
     Kubernetes.
 
     Args:
-      address: HOST:PORT at which process 0 can be reached.
-      processes: how many there are.
-      process: which of them this one is, from 0 on.
+      coordinator_address: HOST:PORT at which process 0 can be reached.
+      num_processes: how many there are.
+      process_id: which of them this one is, from 0 on.
+      on_joined: called with this process's number and the number of processes once they have found each other.
     Raises:
       InputError: only some of the three are given, or the others are not found.
     """
-    given = (address, processes, process)
+    given = (coordinator_address, num_processes, process_id)
     if None not in given:
-        if not 0 <= process < processes or ":" not in address:
+        if not 0 <= process_id < num_processes or ":" not in coordinator_address:
             raise InputError(
-                f"process {process} of {processes} at {address} is impossible: --process-id counts from 0 to one below "
-                "--num-processes, and --coordinator-address is HOST:PORT"
+                f"process {process_id} of {num_processes} at {coordinator_address} is impossible: `process_id` counts "
+                "from 0 to one below `num_processes`, and `coordinator_address` is HOST:PORT"
             )
     elif given != (None,) * 3:
-        raise InputError("--coordinator-address, --num-processes and --process-id belong together; give all three")
+        raise InputError("`coordinator_address`, `num_processes` and `process_id` belong together; give all three")
     elif not _among_others():
         yield
         return
-    with _spoken_for("?" if process is None else process):
+    with _spoken_for("?" if process_id is None else process_id):
         _meet(*given)
-        cli.speak_as(jax.process_index(), jax.process_count())
-        cli.tell(f"{jax.process_count()} process(es) with {jax.local_device_count()} device(s) each")
+        on_joined(jax.process_index(), jax.process_count())
+        logger.info("%d process(es) with %d device(s) each", jax.process_count(), jax.local_device_count())
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -95,8 +98,8 @@ def _meet(address, processes, process):
         if isinstance(error, ValueError) and not where and _on_a_tpu():
             return  # A TPU that belongs to no pod.
         raise InputError(
-            f"the processes of this run do not find each other: {error}; give --coordinator-address, --num-processes "
-            "and --process-id, the first reachable from all hosts"
+            f"the processes of this run do not find each other: {error}; give `coordinator_address`, `num_processes` "
+            "and `process_id`, the first reachable from all hosts"
         ) from error
 
 
@@ -184,11 +187,11 @@ def map_train_step(step, devices=None):
     return jax.pmap(step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=devices, donate_argnums=0)
 
 
-def plan_batch(config, devices=None):
-    """The Layout of a TrainConfig's batches on the devices. Raises InputError if they cannot share them."""
+def plan_for_devices(config, devices=None):
+    """The BatchPlan of a TrainConfig's batches on the devices. Raises InputError if they cannot share them."""
     count = len(devices or jax.devices())
     most = rows_that_fit(config.image_size)
-    return plan_layout(config.batch_size, config.bn_group_size, count, parts=config.accumulate, most=most)
+    return plan_batch(config.batch_size, config.bn_group_size, count, parts=config.accumulate, most=most)
 
 
 def rows_that_fit(image_size):
@@ -197,13 +200,13 @@ def rows_that_fit(image_size):
     return max(1, int(rows * (224 / image_size) ** 2))
 
 
-def feed(batches, layout, devices=None, *, ahead=2):
+def feed(batches, plan, devices=None, *, ahead=2):
     """Batches of a process, {name: (B, ...)}, as {name: (devices, parts, rows, ...)} on its devices, ahead of use."""
     devices = devices or jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def dealt(column):
-        return column.reshape(layout.parts, len(devices), layout.rows, *column.shape[1:]).swapaxes(0, 1)
+        return column.reshape(plan.parts, len(devices), plan.device_batch, *column.shape[1:]).swapaxes(0, 1)
 
     waiting = deque()
     for batch in batches:

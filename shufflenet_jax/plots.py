@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from .errors import InputError
 from .files import printable, written_aside
-from .logs import METRICS, read_metrics
+from .training.logs import METRICS, read_metrics
 
 PANELS = {  # figure: (label, scale, splits that have it)
     "loss": ("loss", "log", ("train", "eval", "eval_ema")),

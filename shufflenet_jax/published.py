@@ -2,15 +2,17 @@
 
 import hashlib
 import http.client
+import logging
 import os
 import urllib.error
 import urllib.request
-from contextlib import nullcontext
 from typing import NamedTuple
 
-from .cli import progress, tell
+from . import progress
 from .errors import InputError
 from .files import cache_dir, hash_of, locked, written_aside
+
+logger = logging.getLogger(__name__)
 
 CARD = "shufflenet-v2-1x_16xb64_in1k"  # The model card that this project follows.
 MIRROR = "SHUFFLENET_JAX_MIRROR"
@@ -108,9 +110,9 @@ def file_of(name):
 
 def _download(url, target, sha256):
     elsewhere = f"download it elsewhere and put it at {target}, or name a mirror in {MIRROR}"
-    tell(f"downloading {url}")
+    logger.info("downloading %s", url)
     try:
-        content = fetch(url, seconds=SILENT_SECONDS, told=target.name)
+        content = fetch(url, seconds=SILENT_SECONDS, description=target.name)
     except UNREACHED as error:
         raise InputError(f"{url} cannot be downloaded ({reason_of(error)}); {elsewhere}") from error
     if not hashlib.sha256(content).hexdigest().startswith(sha256):
@@ -119,13 +121,13 @@ def _download(url, target, sha256):
         draft.write_bytes(content)
 
 
-def fetch(url, *, seconds, told=None):
+def fetch(url, *, seconds, description=None):
     """The bytes at an address, at most LARGEST_DOWNLOAD of them.
 
     Args:
       url: the address.
       seconds: a server that is silent for so long is given up.
-      told: what a progress bar calls it; None shows none.
+      description: what a progress bar calls it; None shows none.
     Raises:
       one of UNREACHED: it cannot be had, is too large, or is cut off.
     """
@@ -134,12 +136,12 @@ def fetch(url, *, seconds, told=None):
     content = bytearray()
     with urllib.request.urlopen(request, timeout=seconds) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
-        bar = progress(total=size or None, unit="B", unit_scale=True, desc=told) if told else nullcontext()
+        shown = {"total": size or None, "unit": "B", "scaled": True}
+        bar = progress.bar(**shown, description=description) if description else progress.SilentBar()
         with bar:
             while max(size, len(content)) <= LARGEST_DOWNLOAD and (part := answer.read(CHUNK)):
                 content += part
-                if told:
-                    bar.update(len(part))
+                bar.update(len(part))
     if max(size, len(content)) > LARGEST_DOWNLOAD:
         raise OSError(f"it has more than {LARGEST_DOWNLOAD:,} bytes")
     if len(content) < size:

@@ -25,8 +25,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from shufflenet_jax import published
-from shufflenet_jax.cli import run
 from shufflenet_jax.commands import from_torch
+from shufflenet_jax.commands.console import run
 from shufflenet_jax.files import hash_of
 from shufflenet_jax.porting import dialects, reference
 

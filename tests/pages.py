@@ -24,7 +24,7 @@ from conftest import ROOT, lively_network
 from PIL import Image
 from small_training import few_units
 
-from shufflenet_jax import __main__, config, model, ops, published
+from shufflenet_jax import __main__, architecture, config, lowerings, published
 from shufflenet_jax.commands import evaluate, from_torch, to_torch, train
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.files import hash_of
@@ -243,9 +243,8 @@ def reader(things, quick_compilation, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path / "home/tensorflow_datasets"))
     publish(things, monkeypatch)
     matplotlib.use("Agg")
-    for place, name in ((config, "WIDTHS"), (ops, "LOWERINGS")):
-        monkeypatch.setattr(place, name, getattr(place, name))
-    tables = (model.CHANNELS, config.PREPROCESSING, ops.MODULES, dialects.DIALECTS)  # What extending.md adds to.
+    # What extending.md adds to.
+    tables = (architecture.CHANNELS, config.PREPROCESSING, lowerings.MODULES, dialects.DIALECTS)
     kept = [dict(table) for table in tables]
     with few_units(stage2=1):
         yield

@@ -17,14 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import numpy as np
 
-from shufflenet_jax import cli, model, parallel
-from shufflenet_jax.commands import evaluate, train
+from shufflenet_jax import architecture, model, parallel
+from shufflenet_jax.commands import console, evaluate, train
+from shufflenet_jax.training import loop
 
 
 @contextlib.contextmanager
 def few_units(stage2=2):
     """Networks have few units within the block."""
-    usual = dict(model.UNITS)
+    usual = dict(architecture.UNITS)
     _set_units({"stage2": stage2, "stage3": 1, "stage4": 1})
     try:
         yield
@@ -33,7 +34,7 @@ def few_units(stage2=2):
 
 
 def _set_units(units):
-    model.UNITS.update(units)
+    architecture.UNITS.update(units)
     model._variable_shapes.cache_clear()
     jax.clear_caches()  # What is traced is known by the network alone.
 
@@ -46,7 +47,7 @@ def assert_copies_agree(tree):
 
 
 def interrupted(shown, step, number):
-    """The batches of `train.shown`; the signal comes before the one of a step."""
+    """The batches of `loop.shown`; the signal comes before the one of a step."""
 
     def batches(fed, epoch, start, stop):
         for taken, batch in enumerate(shown(fed, epoch, start, stop), start=start):
@@ -74,7 +75,7 @@ def telling(to_host):
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words[0] == "--at":
-        train.shown = interrupted(train.shown, int(words[1]), signal.Signals[words[2]])
+        loop.shown = interrupted(loop.shown, int(words[1]), signal.Signals[words[2]])
         words = words[3:]
     parallel.SILENT_SECONDS = 10
     parallel.to_host = telling(parallel.to_host)
@@ -82,4 +83,4 @@ if __name__ == "__main__":
     if words[0] == "eval":
         main, words = evaluate.main, words[1:]
     with few_units():
-        sys.exit(cli.run(main, words))
+        sys.exit(console.run(main, words))

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageEnhance
 
 from shufflenet_jax.config import MMPRETRAIN_EVAL, TORCHVISION_EVAL, TrainConfig
-from shufflenet_jax.data import augment, transforms
+from shufflenet_jax.data import augmentation, normalization
 from shufflenet_jax.data.jpeg import ORIENTATION, orientation_in
 from shufflenet_jax.data.sources import Example
 
@@ -30,7 +30,9 @@ def jpeg(pixels, **options):
 
 def row(data, seed=0, **settings):
     config = dataclasses.replace(BASE, **settings)
-    return augment.training_row(Example("x", data, 0), config, config.train_preprocess, np.random.default_rng(seed))
+    return augmentation.training_row(
+        Example("x", data, 0), config, config.train_preprocess, np.random.default_rng(seed)
+    )
 
 
 class Scripted:
@@ -46,20 +48,20 @@ class Scripted:
 
 def test_a_random_crop_has_the_drawn_area_ratio_and_place():
     # Area 0.54 of 300 x 400, ratio 1: sides of 254.56, rounded; in the middle of what is left.
-    assert augment.random_crop_box(300, 400, Scripted(0.5, 0.5, 0.5, 0.5)) == (23, 73, 255, 255)
+    assert augmentation.random_crop_box(300, 400, Scripted(0.5, 0.5, 0.5, 0.5)) == (23, 73, 255, 255)
     # The first try is wider than the image, so a second one counts.
-    assert augment.random_crop_box(300, 300, Scripted(1, 1, 0, 0, 0.5, 0.5, 0, 0)) == (0, 0, 220, 220)
+    assert augmentation.random_crop_box(300, 300, Scripted(1, 1, 0, 0, 0.5, 0.5, 0, 0)) == (0, 0, 220, 220)
 
 
 def test_an_image_too_long_for_any_try_gives_its_centre_at_the_nearest_allowed_ratio():
     for height, width, box in [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))]:
-        assert augment.random_crop_box(height, width, Scripted(*[1, 0.5, 0, 0] * 10)) == box
-    assert augment.random_crop_box(100, 120, Scripted(*[1, 1, 0, 0] * 10)) == (0, 0, 100, 120)
+        assert augmentation.random_crop_box(height, width, Scripted(*[1, 0.5, 0, 0] * 10)) == box
+    assert augmentation.random_crop_box(100, 120, Scripted(*[1, 1, 0, 0] * 10)) == (0, 0, 100, 120)
 
 
 def test_random_crops_have_mmpretrains_distribution():
     rng = np.random.default_rng(0)
-    boxes = np.array([augment.random_crop_box(1000, 1000, rng) for _ in range(4000)])
+    boxes = np.array([augmentation.random_crop_box(1000, 1000, rng) for _ in range(4000)])
     top, left, height, width = boxes.T
     assert (top >= 0).all() and (top + height <= 1000).all() and (left + width <= 1000).all()
     ratio = np.log(width / height)
@@ -76,7 +78,7 @@ def test_random_crops_have_mmpretrains_distribution():
 def test_the_exact_crop_is_pillows_resizing_of_the_cut_out_part():
     data = jpeg(picture(300, 400))
     pixels = cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB)
-    top, left, height, width = augment.random_crop_box(300, 400, np.random.default_rng(7))
+    top, left, height, width = augmentation.random_crop_box(300, 400, np.random.default_rng(7))
     part = Image.fromarray(pixels[top : top + height, left : left + width])
     assert_array_equal(row(data, 7)["images"], part.resize((224, 224), Image.Resampling.BILINEAR))
 
@@ -90,12 +92,12 @@ def test_the_fast_crop_shows_the_same_part(size, orientation, preprocess):
     example = Example("x", jpeg(picture(*size), exif=exif), 0)
     halved = 0
     for seed in range(8):
-        exact = augment.exact_random_crop(example, preprocess, 0.08, np.random.default_rng(seed))
-        fast = augment.fast_random_crop(example, preprocess, 0.08, np.random.default_rng(seed))
+        exact = augmentation.exact_random_crop(example, preprocess, 0.08, np.random.default_rng(seed))
+        fast = augmentation.fast_random_crop(example, preprocess, 0.08, np.random.default_rng(seed))
         assert fast.shape == exact.shape
         # Of 255; the picture is smooth, so that interpolation matters little and a wrong place a lot.
         assert np.abs(fast.astype(int) - exact).mean() < 2
-        box = augment.random_crop_box(*size, np.random.default_rng(seed))
+        box = augmentation.random_crop_box(*size, np.random.default_rng(seed))
         halved += min(box[2:]) >= 448
     assert (halved > 0) == (size[0] == 900)
 
@@ -115,20 +117,20 @@ def test_flips_are_drawn_on_the_host_and_done_on_the_device():
     drawn = [row(data, seed, crop="center", flip=True)["flip"] for seed in range(400)]
     assert 160 < sum(drawn) < 240  # Half of 400, and four standard deviations to each side.
     batch = {"images": np.stack([data, data]), "flip": np.array([True, False])}
-    inputs = transforms.network_inputs(batch, MMPRETRAIN_EVAL)
+    inputs = normalization.network_inputs(batch, MMPRETRAIN_EVAL)
     assert_array_equal(inputs[0], inputs[1][:, ::-1])
-    assert_array_equal(inputs[1:], transforms.normalize(data[None], MMPRETRAIN_EVAL))
+    assert_array_equal(inputs[1:], normalization.normalize(data[None], MMPRETRAIN_EVAL))
 
 
 def test_erased_rectangles_have_the_size_that_torchvision_draws_and_become_zero():
     rng = np.random.default_rng(0)
-    boxes = np.array([augment.erased_rectangle((224, 224, 3), rng) for _ in range(1000)])
+    boxes = np.array([augmentation.erased_rectangle((224, 224, 3), rng) for _ in range(1000)])
     top, left, height, width = boxes.T
     assert (top + height <= 224).all() and (left + width <= 224).all() and (height > 0).all()
     area = height * width / 224**2
     assert 0.019 < area.min() < 0.03 and 0.31 < area.max() < 0.34
     batch = {"images": np.full((2, 8, 9, 3), 200, np.uint8), "erase": np.array([[1, 2, 3, 4], [0, 0, 0, 0]])}
-    blank = np.asarray(transforms.network_inputs(batch, MMPRETRAIN_EVAL)) == 0
+    blank = np.asarray(normalization.network_inputs(batch, MMPRETRAIN_EVAL)) == 0
     assert blank[0, 1:4, 2:6].all() and blank.sum() == 3 * 4 * 3
     erased = [row(picture(224, 224), seed, crop="center", random_erasing=0.25)["erase"].any() for seed in range(400)]
     assert 65 < sum(erased) < 135
@@ -136,21 +138,21 @@ def test_erased_rectangles_have_the_size_that_torchvision_draws_and_become_zero(
 
 def test_color_jitter_draws_three_factors_and_their_order():
     data = picture(32, 32)
-    seen = {augment.color_jitter(data, np.random.default_rng(seed), 0.4).tobytes() for seed in range(20)}
+    seen = {augmentation.color_jitter(data, np.random.default_rng(seed), 0.4).tobytes() for seed in range(20)}
     assert len(seen) == 20
-    assert_array_equal(augment.color_jitter(data, np.random.default_rng(0), 0), data)
+    assert_array_equal(augmentation.color_jitter(data, np.random.default_rng(0), 0), data)
     rng = np.random.default_rng(5)
     factors, order = rng.uniform(0.6, 1.4, size=3), rng.permutation(3)
     image = Image.fromarray(data)
     for position in order:
         kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         image = kinds[position](image).enhance(factors[position])
-    assert_array_equal(augment.color_jitter(data, np.random.default_rng(5), 0.4), image)
+    assert_array_equal(augmentation.color_jitter(data, np.random.default_rng(5), 0.4), image)
 
 
 def test_every_trivial_operation_but_identity_changes_a_picture_at_full_strength():
     data = picture(64, 64) // 2 + 40
-    for name, (signed, operation) in augment.TRIVIAL.items():
+    for name, (signed, operation) in augmentation.TRIVIAL.items():
         for strength in (1, -1) if signed else (1,):
             changed = np.asarray(operation(Image.fromarray(data), strength))
             assert changed.shape == data.shape and np.array_equal(changed, data) == (name == "identity"), name
@@ -163,19 +165,21 @@ def test_trivial_operations_move_and_cut_as_torchvisions_do():
     data = np.zeros((40, 40, 3), np.uint8)
     data[10, 12] = 255
     image = Image.fromarray(data)
-    moved = np.asarray(augment.TRIVIAL["translate x"][1](image, 0.25))  # 8 pixels to the right
+    moved = np.asarray(augmentation.TRIVIAL["translate x"][1](image, 0.25))  # 8 pixels to the right
     assert moved[10, 20].all() and moved.astype(bool).sum() == 3
-    sheared = np.asarray(augment.TRIVIAL["shear x"][1](image, 1 / 0.99))  # x = 12 - 10.5, from the upper left corner
+    sheared = np.asarray(
+        augmentation.TRIVIAL["shear x"][1](image, 1 / 0.99)
+    )  # x = 12 - 10.5, from the upper left corner
     assert sheared[10, 1].any() or sheared[10, 2].any()
-    levels = np.unique(np.asarray(augment.TRIVIAL["posterize"][1](Image.fromarray(picture(64, 64)), 1)))
+    levels = np.unique(np.asarray(augmentation.TRIVIAL["posterize"][1](Image.fromarray(picture(64, 64)), 1)))
     assert set(levels) <= {0, 64, 128, 192}  # 8 - 6 bits are left
-    inverted = np.asarray(augment.TRIVIAL["solarize"][1](image, 1))
+    inverted = np.asarray(augmentation.TRIVIAL["solarize"][1](image, 1))
     assert (inverted == 255 - data).all()
 
 
 def test_trivial_augment_takes_every_operation_and_follows_the_flip():
     data = picture(64, 64)
-    seen = {augment.trivial_augment(data, np.random.default_rng(seed)).tobytes() for seed in range(100)}
+    seen = {augmentation.trivial_augment(data, np.random.default_rng(seed)).tobytes() for seed in range(100)}
     assert len(seen) > 50  # Some have no strength, or none that shows.
     assert "flip" not in row(data, crop="center", image_size=64, flip=True, trivial_augment=True)
 
@@ -184,7 +188,7 @@ def test_random_shift_moves_by_at_most_its_reach_and_fills_with_zeros():
     image = np.arange(1, 26, dtype=np.uint8).reshape(5, 5, 1)
     seen = set()
     for seed in range(200):
-        moved = augment.random_shift(image, np.random.default_rng(seed), 1)
+        moved = augmentation.random_shift(image, np.random.default_rng(seed), 1)
         assert moved.shape == image.shape
         (place,), (column,) = (axis for axis in np.nonzero(moved[..., 0] == 13))
         seen.add((place - 2, column - 2))

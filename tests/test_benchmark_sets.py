@@ -16,7 +16,8 @@ from test_prepare import write_tfrecords
 
 from shufflenet_jax.commands import evaluate, from_torch, prepare, verify
 from shufflenet_jax.data.sources import open_source, tfds_directory
-from shufflenet_jax.report import summarise
+from shufflenet_jax.evaluation.predictions import Predictions
+from shufflenet_jax.evaluation.report import summarise
 
 # TFDS's own names, versions and splits.
 VERSIONS = {
@@ -140,7 +141,7 @@ def test_real_counts_any_of_an_images_labels_and_leaves_out_those_without(evalua
 
 def test_a_label_that_comes_first_is_right_wherever_it_stands():
     logits = np.float32([[0, 1, 5, 2], [0, 1, 5, 2], [9, 1, 5, 2]])
-    rows = {"label": np.int32([[1, 2, -1], [3, -1, -1], [1, 3, 2]]), "logits": logits}
+    rows = Predictions(np.int32([[1, 2, -1], [3, -1, -1], [1, 3, 2]]), logits)
     summary = summarise(rows)
     assert summary.top1.right == 1 and [row.label for row in summary.classes] == [3, 2]
 

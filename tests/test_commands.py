@@ -17,8 +17,8 @@ from shufflenet_jax.commands import evaluate, from_torch
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
-from shufflenet_jax.evaluation import eval_step
-from shufflenet_jax.evaluation import evaluate as evaluate_all
+from shufflenet_jax.evaluation.counting import eval_step
+from shufflenet_jax.evaluation.counting import evaluate as evaluate_all
 from shufflenet_jax.loading import load_model
 
 # eval.py
@@ -156,10 +156,10 @@ def real_models(shared, tmp_path_factory):
     ("name", "data", "images", "top1", "top5", "lowering"),
     [
         ("mmpretrain", "imagenet-val227", 650, 466, 592, "auto"),
-        ("mmpretrain", "imagenet-val227", 650, 466, 592, "plain"),
+        ("mmpretrain", "imagenet-val227", 650, 466, 592, "reference"),
         ("torchvision", "imagenet-val227", 650, 466, 592, "auto"),
         ("mmpretrain", "imagenet-original", 201, 161, 189, "auto"),
-        ("mmpretrain", "imagenet-original", 201, 161, 189, "plain"),
+        ("mmpretrain", "imagenet-original", 201, 161, 189, "reference"),
         ("torchvision", "imagenet-original", 201, 162, 189, "auto"),
     ],
 )
@@ -196,7 +196,7 @@ def test_real_weights_give_the_reference_counts(
 def test_the_planar_lowering_gives_the_reference_counts_with_its_batch_norm_as_trained_too(
     data, figures, real_models, shared
 ):
-    module, variables, info = load_model(real_models["mmpretrain"], lowering="planar")
+    module, variables, info = load_model(real_models["mmpretrain"], lowering="cpu")
     source = open_source(shared / data, classes=tuple(imagenet_classes()))
     step = parallel.map_eval_step(partial(eval_step, module, info.preprocess), jax.devices()[:1])
     batches = eval_batches(source, info.preprocess, batch_size=16)
@@ -220,8 +220,8 @@ def test_devices_and_batch_sizes_change_no_count_and_no_logit_of_real_images(rea
         assert [figures[key] for key in ("images", "top1_correct", "top5_correct")] == [
             first[key] for key in ("images", "top1_correct", "top5_correct")
         ]
-        assert_array_equal(other["name"], rows["name"])
-        assert_allclose(other["logits"], rows["logits"], atol=1e-4)  # Products of another shape sum in another order.
+        assert_array_equal(other.name, rows.name)
+        assert_allclose(other.logits, rows.logits, atol=1e-4)  # Products of another shape sum in another order.
 
 
 # The scripts and the package's own command

@@ -11,16 +11,17 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 from shufflenet_jax.commands import evaluate, from_torch
-from shufflenet_jax.comparison import compare, decoded_by, mcnemar
 from shufflenet_jax.config import MMPRETRAIN_EVAL, TORCHVISION_EVAL
+from shufflenet_jax.data.decoding import decode
 from shufflenet_jax.data.sources import Example, Source
-from shufflenet_jax.data.transforms import decode
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.evaluation.comparison import compare, decoded_by, mcnemar
+from shufflenet_jax.evaluation.predictions import Predictions
 
 
 def predictions(classes, labels, num_classes=3):
     names = np.array([f"{i}.png" for i in range(len(labels))])
-    return {"name": names, "label": np.array(labels), "logits": np.eye(num_classes)[classes]}
+    return Predictions(np.array(labels), np.eye(num_classes)[classes], names)
 
 
 def test_a_comparison_counts_every_image_once_and_names_those_that_flip():

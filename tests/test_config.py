@@ -9,8 +9,9 @@ import simple_parsing.docstring as docstring
 from numpy.testing import assert_allclose
 
 from shufflenet_jax.commands.train import parse
-from shufflenet_jax.config import DIGITS_EVAL, MMPRETRAIN_EVAL, PRESETS, ModelInfo, TrainConfig
+from shufflenet_jax.config import DIGITS_EVAL, MMPRETRAIN_EVAL, ModelInfo, TrainConfig
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.recipes import PRESETS
 
 INFO = ModelInfo(0.5, "torchvision", 10, DIGITS_EVAL, classes=tuple("0123456789"), in_chans=1, small_stem=True)
 

@@ -16,7 +16,7 @@ from shufflenet_jax.config import (
     TORCHVISION_EVAL_LARGE,
     TrainConfig,
 )
-from shufflenet_jax.data import pipeline, transforms
+from shufflenet_jax.data import decoding, geometry, normalization, pipeline
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches, shuffled, train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
@@ -126,26 +126,26 @@ def test_mmpretrain_preprocessing_is_opencv_decoding_and_pillow_resizing(height,
     resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
     top, left = (round((side - 224) / 2) for side in resized.shape[:2])
     expected = resized[top : top + 224, left : left + 224]
-    assert_array_equal(transforms.prepare(data, MMPRETRAIN_EVAL), expected)
+    assert_array_equal(geometry.prepare(data, MMPRETRAIN_EVAL), expected)
 
 
 def test_only_opencv_decoding_turns_an_image_as_its_exif_says():
     exif = Image.Exif()
     exif[ROTATE] = 6
     data = encode(picture(300, 400), "JPEG", exif=exif)
-    assert transforms.decode(data, "cv2").shape == (400, 300, 3)
-    assert transforms.decode(data, "pillow").shape == (300, 400, 3)
+    assert decoding.decode(data, "cv2").shape == (400, 300, 3)
+    assert decoding.decode(data, "pillow").shape == (300, 400, 3)
 
 
 @pytest.mark.parametrize("decoder", ["cv2", "pillow"])
 def test_grey_and_palette_and_transparent_images_become_three_channels(decoder):
     grey = picture(20, 30)[..., 0]
     for data in (encode(grey, "JPEG"), encode(grey)):
-        pixels = transforms.decode(data, decoder)
+        pixels = decoding.decode(data, decoder)
         assert pixels.shape == (20, 30, 3) and (pixels == pixels[..., :1]).all()
-    assert_array_equal(transforms.decode(encode(grey), decoder)[..., 0], grey)
+    assert_array_equal(decoding.decode(encode(grey), decoder)[..., 0], grey)
     rgba = np.dstack([picture(20, 30), grey])
-    assert transforms.decode(encode(rgba), decoder).shape == (20, 30, 3)
+    assert decoding.decode(encode(rgba), decoder).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("decoder", ["cv2", "pillow"])
@@ -153,30 +153,30 @@ def test_16_bits_are_scaled_to_8(decoder):
     grey = np.random.default_rng(0).integers(0, 2**16, (20, 30), dtype=np.uint16)
     bitmap = b"P5 30 20 65535\n" + grey.astype(">u2").tobytes()
     for data in (encode(grey), encode(grey, "TIFF"), bitmap):
-        assert_array_equal(transforms.decode(data, decoder), np.dstack([grey >> 8] * 3))
+        assert_array_equal(decoding.decode(data, decoder), np.dstack([grey >> 8] * 3))
     colours = np.dstack([grey, grey[::-1], grey[:, ::-1]])
     data = cv2.imencode(".png", colours[..., ::-1])[1].tobytes()
-    assert_array_equal(transforms.decode(data, decoder), colours >> 8)
+    assert_array_equal(decoding.decode(data, decoder), colours >> 8)
 
 
 @pytest.mark.parametrize(("decoder", "data"), [("cv2", b"\xff\xd8\xff"), ("pillow", b"\x89PNG\r\n\x1a\n")])
 def test_files_that_end_in_their_first_bytes_are_named(decoder, data):
     with pytest.raises(InputError, match=r"some\.jpg is damaged"):
-        transforms.decode(data, decoder, "some.jpg")
+        decoding.decode(data, decoder, "some.jpg")
 
 
 def test_wide_torchvision_weights_resize_to_232():
     data = encode(picture(464, 700))
     resized = Image.open(io.BytesIO(data)).resize((350, 232), Image.Resampling.BILINEAR)
-    assert_array_equal(transforms.prepare(data, TORCHVISION_EVAL_LARGE), np.asarray(resized)[4:228, 63:287])
-    assert transforms.prepare(data, TORCHVISION_EVAL).shape == (224, 224, 3)
+    assert_array_equal(geometry.prepare(data, TORCHVISION_EVAL_LARGE), np.asarray(resized)[4:228, 63:287])
+    assert geometry.prepare(data, TORCHVISION_EVAL).shape == (224, 224, 3)
 
 
 def test_megvii_preprocessing_is_opencv_resizing_without_antialias_to_nearest_size():
     data = encode(picture(333, 500))
     resized = cv2.resize(np.asarray(Image.open(io.BytesIO(data))), (int(256 / 333 * 500 + 0.5), 256))
     left = round((resized.shape[1] - 224) / 2)
-    assert_array_equal(transforms.prepare(data, MEGVII_EVAL), resized[16:240, left : left + 224])
+    assert_array_equal(geometry.prepare(data, MEGVII_EVAL), resized[16:240, left : left + 224])
 
 
 def test_normalisation_orders_and_scales_the_channels_as_the_weights_expect():
@@ -184,14 +184,14 @@ def test_normalisation_orders_and_scales_the_channels_as_the_weights_expect():
     mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
     expected = (crops - mean) / std
     # float32 rounds each operation at 6e-8; torchvision divides by 255 first.
-    np.testing.assert_allclose(transforms.normalize(crops, MMPRETRAIN_EVAL), expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(transforms.normalize(crops, TORCHVISION_EVAL), expected, rtol=1e-5, atol=2e-6)
-    assert_array_equal(transforms.normalize(crops, MEGVII_EVAL), crops[..., ::-1])
+    np.testing.assert_allclose(normalization.normalize(crops, MMPRETRAIN_EVAL), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(normalization.normalize(crops, TORCHVISION_EVAL), expected, rtol=1e-5, atol=2e-6)
+    assert_array_equal(normalization.normalize(crops, MEGVII_EVAL), crops[..., ::-1])
 
 
 def test_digits_are_enlarged_in_grey():
     image = open_source("digits")[0].image
-    crop = transforms.prepare(image, DIGITS_EVAL)
+    crop = geometry.prepare(image, DIGITS_EVAL)
     expected = Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)
     assert_array_equal(crop[..., 0], expected)
     assert crop.shape == (32, 32, 1)
@@ -208,13 +208,13 @@ def test_damaged_images_are_named(decoder, damage):
     if damage == "half":  # Fill bytes before a marker are allowed.
         head, marker, tail = whole.rpartition(b"\xff\xdb")
         filled = head + b"\xff\xff" + marker + tail
-        assert_array_equal(transforms.decode(filled, decoder), transforms.decode(whole, decoder))
+        assert_array_equal(decoding.decode(filled, decoder), decoding.decode(whole, decoder))
     data = {"text": b"not an image", "empty": b"", "half": whole[: len(whole) // 2], "header": whole[:4]}
     data["png"] = encode(picture(100, 100))[:-100]
     data = data[damage]
-    assert transforms.decode(whole, decoder).shape == (100, 100, 3)
+    assert decoding.decode(whole, decoder).shape == (100, 100, 3)
     with pytest.raises(InputError, match=r"some\.jpg is damaged"):
-        transforms.decode(data, decoder, "some.jpg")
+        decoding.decode(data, decoder, "some.jpg")
 
 
 # Pipeline
@@ -343,8 +343,8 @@ def test_images_that_fit_in_memory_together_are_decoded_once_and_change_nothing(
     files = [encode(picture(8, 8, seed)) for seed in range(12)]
     source = Source(12, lambda i: Example(str(i), files[i], i), 12, None, tuple)
     expected = joined(train_batches(source, config(batch_size=4), stop_step=9))
-    usual, calls = transforms.decode, []
-    monkeypatch.setattr(transforms, "decode", lambda data, *given: calls.append(data) or usual(data, *given))
+    usual, calls = decoding.decode, []
+    monkeypatch.setattr(decoding, "decode", lambda data, *given: calls.append(data) or usual(data, *given))
     monkeypatch.setattr(pipeline, "KEPT_BYTES", room)
     found = joined(train_batches(source, config(batch_size=4), stop_step=9, threads=1))
     assert len(calls) == decoded and set(calls) == set(files)

@@ -6,8 +6,8 @@ from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose, assert_array_equal
 from small_training import few_units
 
-from shufflenet_jax import ops
 from shufflenet_jax.deploy import deploy, plan
+from shufflenet_jax.lowerings import shuffle
 from shufflenet_jax.model import ShuffleNetV2, init_variables
 
 
@@ -34,11 +34,11 @@ def test_following_the_channels_gives_what_splitting_and_shuffling_gives(layout,
     # Channels are numbers; the right branch of unit u adds 100 u to the numbers of its input, in their order.
     x = np.arange(features)
     pieces = [x[:left], x[left:]]
-    x = x if layout == "megvii" else ops.channel_shuffle(x)
+    x = x if layout == "megvii" else shuffle.channel_shuffle(x)
     for index, step in enumerate(steps, start=1):
-        halves = ops.split_even_odd(x) if layout == "megvii" else np.split(x, 2)
+        halves = shuffle.split_even_odd(x) if layout == "megvii" else np.split(x, 2)
         x = np.concatenate([halves[0], halves[1] + 100 * index])
-        x = np.asarray(x if layout == "megvii" else ops.channel_shuffle(x))
+        x = np.asarray(x if layout == "megvii" else shuffle.channel_shuffle(x))
 
         gathered = np.concatenate([pieces[piece][channels] for piece, channels in step.right])
         right = np.empty_like(gathered)
@@ -57,7 +57,7 @@ def test_following_the_channels_gives_what_splitting_and_shuffling_gives(layout,
         ({"num_classes": 0}, (1, 33, 32, 3)),
     ],
 )
-@pytest.mark.parametrize("lowering", ["planar", "plain"])
+@pytest.mark.parametrize("lowering", ["cpu", "reference"])
 def test_the_deployed_form_gives_the_networks_numbers(x64, settings, shape, lowering):
     with few_units():
         assert_deployed_is_the_same(settings, shape, lowering)

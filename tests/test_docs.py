@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from pages import PAGES, quick_compilation, reader, things  # noqa: F401
 
-from shufflenet_jax.cli import CommandLine
+from shufflenet_jax.commands.parsing import CommandLine
 
 
 def commands():

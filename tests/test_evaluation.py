@@ -9,10 +9,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from shufflenet_jax import parallel
 from shufflenet_jax.config import TORCHVISION_EVAL
-from shufflenet_jax.data import transforms
+from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
-from shufflenet_jax.evaluation import eval_step, evaluate, label_ranks
+from shufflenet_jax.evaluation.counting import eval_step, evaluate
+from shufflenet_jax.evaluation.ranking import label_ranks
 
 SMALL_EVAL = dataclasses.replace(TORCHVISION_EVAL, resize=64, crop=64)
 
@@ -41,15 +42,15 @@ def run(network, *, batch_size, devices=1, **settings):
 
 def test_counts_and_loss_are_those_of_the_logits(network):
     figures, rows = run(network, batch_size=16)
-    order = np.argsort(-rows["logits"], axis=1)
-    assert figures["images"] == len(rows["label"]) == 40
-    assert figures["top1_correct"] == (order[:, 0] == rows["label"]).sum()
-    assert figures["top5_correct"] == (order[:, :5] == rows["label"][:, None]).any(1).sum()
+    order = np.argsort(-rows.logits, axis=1)
+    assert figures["images"] == len(rows.label) == 40
+    assert figures["top1_correct"] == (order[:, 0] == rows.label).sum()
+    assert figures["top5_correct"] == (order[:, :5] == rows.label[:, None]).any(1).sum()
     assert figures["top1"] == 100 * figures["top1_correct"] / 40
-    logits = rows["logits"].astype(np.float64)
-    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(40), rows["label"]]
+    logits = rows.logits.astype(np.float64)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(40), rows.label]
     assert_allclose(figures["loss"], losses.mean(), rtol=1e-6)  # float32 sums of 40 values
-    assert 0 < figures["top1_correct"] < 40 and rows["logits"].std(0).min() > 1e-3
+    assert 0 < figures["top1_correct"] < 40 and rows.logits.std(0).min() > 1e-3
 
 
 def test_devices_and_batch_sizes_change_nothing(network):
@@ -59,18 +60,18 @@ def test_devices_and_batch_sizes_change_nothing(network):
         assert [figures[key] for key in ("images", "top1_correct", "top5_correct")] == [
             expected[key] for key in ("images", "top1_correct", "top5_correct")
         ]
-        assert_array_equal(others["name"], rows["name"])
+        assert_array_equal(others.name, rows.name)
         # Matrix products of another shape may sum in another order.
-        assert_allclose(others["logits"], rows["logits"], atol=1e-4)
+        assert_allclose(others.logits, rows.logits, atol=1e-4)
 
 
 def test_flip_averages_the_probabilities_of_both_sides(network):
     module, variables = network
     _, rows = run(network, batch_size=40, flip=True)
     batch = next(iter(eval_batches(open_source("digits"), SMALL_EVAL, batch_size=40, limit=40)))
-    sides = [transforms.normalize(side, SMALL_EVAL) for side in (batch["images"], batch["images"][:, :, ::-1])]
+    sides = [normalization.normalize(side, SMALL_EVAL) for side in (batch["images"], batch["images"][:, :, ::-1])]
     forward = jax.jit(lambda side: jax.nn.softmax(module.apply(variables, side)[0]))
-    assert_allclose(np.exp(rows["logits"]), (forward(sides[0]) + forward(sides[1])) / 2, atol=1e-5)
+    assert_allclose(np.exp(rows.logits), (forward(sides[0]) + forward(sides[1])) / 2, atol=1e-5)
 
 
 def test_a_network_that_gives_nan_gets_nothing_right(network):

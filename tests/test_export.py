@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 from shufflenet_jax.checkpoint import load_directory, module_of, save_model
 from shufflenet_jax.commands import export, from_torch
 from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo, Preprocess
-from shufflenet_jax.data import transforms
+from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.exports import graph, runtime
-from shufflenet_jax.exports.comparison import TOLERANCE, compare, last
+from shufflenet_jax.exports.agreement import TOLERANCE, last, measure_agreement
 from shufflenet_jax.exports.tensors import metadata_of
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.model import variable_shapes
@@ -79,7 +79,7 @@ def test_onnx_computes_what_pytorch_computes_from_uint8_crops(name):
     session = runtime.load(model)
     for count in (1, 3):  # Of one file.
         images = crops(preprocess, count)
-        normalized = np.asarray(transforms.normalize(images, preprocess)).transpose(0, 3, 1, 2)
+        normalized = np.asarray(normalization.normalize(images, preprocess)).transpose(0, 3, 1, 2)
         with torch.no_grad():
             expected = last(*network(torch.tensor(normalized)))
         found = session.run(None, {"images": images})[0]
@@ -198,14 +198,14 @@ def test_the_comparison_finds_the_one_logit_that_differs_and_leaves_padding_out(
     batch = {"images": np.arange(4), "mask": np.array([1.0, 1, 1, 0]), "labels": labels}
     other = logits.copy()
     other[3] = np.nan  # Padding.
-    found = compare(lambda images: logits[images], lambda images: other[images], [batch, batch])
+    found = measure_agreement(lambda images: logits[images], lambda images: other[images], [batch, batch])
     assert found.passed and found.difference == 0 and found.images == 6 and found.agreeing == 6
     assert found.ours == found.theirs == (4, 6)
     for much, passed in ((0.5, True), (2, False)):
         other[1, 7] = logits[1, 7] + much * TOLERANCE * np.abs(logits[:3]).max()
-        assert compare(lambda images: logits[images], lambda images: other[images], [batch]).passed == passed
+        assert measure_agreement(lambda images: logits[images], lambda images: other[images], [batch]).passed == passed
     other[1] = -logits[1]
-    found = compare(lambda images: logits[images], lambda images: other[images], [batch])
+    found = measure_agreement(lambda images: logits[images], lambda images: other[images], [batch])
     assert not found.passed and found.agreeing == 2 and found.ours[0] == 2 and found.theirs[0] == 1
     assert found.difference == pytest.approx(2 * np.abs(logits[1]).max())
 
@@ -298,7 +298,7 @@ def test_real_weights_give_their_counts_elsewhere_too_and_come_back_to_pytorch(s
     exported(call, checkpoint, "--format", "onnx", "--out", path)
     source = open_source(shared / "imagenet-val227", num_classes=1000)
     normalized = (
-        np.asarray(transforms.normalize(batch["images"], MMPRETRAIN_EVAL)).transpose(0, 3, 1, 2)
+        np.asarray(normalization.normalize(batch["images"], MMPRETRAIN_EVAL)).transpose(0, 3, 1, 2)
         for batch in eval_batches(source, MMPRETRAIN_EVAL, batch_size=25)
     )
     session = runtime.load(path)

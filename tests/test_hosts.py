@@ -22,7 +22,7 @@ from shufflenet_jax.commands import evaluate, train
 RUN = (
     *("--config", "digits", "--image-size", "8", "--epochs", "2", "--eval-every", "1", "--log-every", "5"),
     *("--dtype", "float64", "--learning-rate", "1e-4", "--bn-group-size", "16", "--ema-decay", "0.9", "--keep", "5"),
-    *("--batch-size", "128", "--lowering", "plain"),  # Few steps, compiled sooner.
+    *("--batch-size", "128", "--lowering", "reference"),  # Few steps, compiled sooner.
 )
 LAST = 24
 

@@ -411,7 +411,7 @@ def test_what_is_no_image_is_refused_in_one_line(ten, tmp_path):
 
 def test_the_package_names_what_it_offers(ten_classes):
     assert set(snet.__all__) <= set(dir(snet)) and all(getattr(snet, name) for name in snet.__all__)
-    module, variables = snet.load(ten_classes[0], lowering="plain")
+    module, variables = snet.load(ten_classes[0], lowering="reference")
     logits, _ = jax.eval_shape(module.apply, variables, np.float32(IMAGES))
     assert isinstance(module, snet.ShuffleNetV2) and logits.shape == (1, 10)
     with pytest.raises(AttributeError, match="nonsense"):

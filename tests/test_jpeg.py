@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from shufflenet_jax.data import jpeg
-from shufflenet_jax.data.prepare import shrink
+from shufflenet_jax.preparation.records import shrink
 
 SIZE = (150, 210)  # Neither is a multiple of any block's side.
 BOXES = [(0, 0, 150, 210), (37, 50, 60, 81), (16, 32, 16, 16), (149, 209, 1, 1), (0, 100, 20, 110), (100, 0, 50, 9)]

@@ -7,9 +7,10 @@ from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 from small_training import few_units
 
-from shufflenet_jax.model import CHANNELS, FEATURES, BatchNorm, ShuffleNetV2, init_variables, variable_shapes
+from shufflenet_jax.architecture import CHANNELS, FEATURES
+from shufflenet_jax.batch_groups import BatchGroups
+from shufflenet_jax.model import BatchNorm, ShuffleNetV2, init_variables, variable_shapes
 from shufflenet_jax.porting import reference
-from shufflenet_jax.rows import Rows
 
 PARAMETERS = {  # (layout, width): parameters of the published files, from running their code
     ("torchvision", 0.5): 1_366_792,
@@ -116,9 +117,9 @@ def assert_same_numbers_and_gradients():
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
-    plain = value_and_grads(lowering="plain")
+    plain = value_and_grads(lowering="reference")
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(plain))
-    planar = value_and_grads(lowering="planar", remat=True)
+    planar = value_and_grads(lowering="cpu", remat=True)
     for ours, theirs in zip(*map(jax.tree.leaves, (planar, plain)), strict=True):
         # float64 throughout; batch norm over 4 values in stage4 amplifies rounding some 1e3 times.
         assert_allclose(ours, theirs, atol=1e-10 * largest)
@@ -144,10 +145,10 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32_and_stays_close():
 def test_batch_norm_normalises_and_keeps_running_statistics_like_pytorch(x64):
     x = np.random.default_rng(0).normal(3, 2, (2, 3, 2, 5))
     module = BatchNorm(train=True)
-    variables = module.init(jax.random.key(0), x, Rows())
+    variables = module.init(jax.random.key(0), x, BatchGroups())
     theirs = torch.nn.BatchNorm2d(5).double()
     for _ in range(3):
-        ours, updates = module.apply(variables, x, Rows(), mutable=["batch_stats"])
+        ours, updates = module.apply(variables, x, BatchGroups(), mutable=["batch_stats"])
         variables = {**variables, **updates}
         expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)))
     # float64; eps and momentum are decimal fractions, rounded once more on one side.

@@ -5,13 +5,13 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from shufflenet_jax import parallel
-from shufflenet_jax.rows import plan_layout
+from shufflenet_jax.batch_groups import plan_batch
 
 BATCH = {"images": np.arange(24.0, dtype=np.float32).reshape(12, 2), "labels": np.arange(12)}
 
 
 def layout_of(count, parts=1):
-    return plan_layout(12, 0 if parts * count == 1 else 12 // (parts * count), count, parts=parts)
+    return plan_batch(12, 0 if parts * count == 1 else 12 // (parts * count), count, parts=parts)
 
 
 def averaging_step(state, batch, fixed):
@@ -48,7 +48,7 @@ def test_batches_are_fed_in_order_and_ahead_of_their_use():
             taken.append(number)
             yield {"labels": np.full(4, number)}
 
-    fed = parallel.feed(batches(), plan_layout(4, 2, 2), jax.devices()[:2], ahead=2)
+    fed = parallel.feed(batches(), plan_batch(4, 2, 2), jax.devices()[:2], ahead=2)
     assert np.array_equal(next(fed)["labels"], np.zeros((2, 1, 2))) and taken == [0, 1, 2]
     assert [int(batch["labels"].max()) for batch in fed] == [1, 2, 3, 4]
 

@@ -10,15 +10,16 @@ import torch
 from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose
 
+from shufflenet_jax.architecture import CHANNELS
 from shufflenet_jax.checkpoint import read_info, save_model
 from shufflenet_jax.commands import from_torch, to_torch
 from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo
-from shufflenet_jax.data import transforms
+from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.loading import load_model
-from shufflenet_jax.model import CHANNELS, ShuffleNetV2, init_variables
+from shufflenet_jax.model import ShuffleNetV2, init_variables
 from shufflenet_jax.porting import convert, dialects
 
 WIDTHS = (0.5, 1.0, 1.5, 2.0)
@@ -412,7 +413,7 @@ def test_the_pytorch_reference_itself_gives_mmpretrains_logits(shared):
     info = convert.convert(file).info
     source = open_source(shared / "imagenet-original", classes=info.classes)
     batch = next(iter(eval_batches(source, info.preprocess, batch_size=8)))
-    inputs = np.asarray(transforms.normalize(batch["images"], info.preprocess)).transpose(0, 3, 1, 2)
+    inputs = np.asarray(normalization.normalize(batch["images"], info.preprocess)).transpose(0, 3, 1, 2)
     with torch.no_grad():
         logits = network(torch.from_numpy(inputs.copy()))[0].numpy()
     stored = np.load(shared / "imagenet-original/mmpretrain_reference.npz")

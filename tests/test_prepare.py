@@ -18,9 +18,9 @@ from PIL import Image
 
 from shufflenet_jax.commands import evaluate, from_torch, prepare
 from shufflenet_jax.data.labels import imagenet_classes
-from shufflenet_jax.data.prepare import features_for
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.preparation.records import features_for
 
 
 def jpeg(seed, size=(20, 16), **options):
@@ -291,7 +291,7 @@ def test_neither_tensorflow_nor_pytorch_is_imported(tmp_path):
     prepared = start(["prepare", "--source", source, "--name", "ten", "--out", tmp_path / "out", "--processes", 1], env)
     assert prepared.wait() == 0
     argv = ["--config", "digits", "--data", "tfds:ten", "--data-dir", tmp_path / "out", "--preprocessing", "cifar10"]
-    argv += ["--image-size", 16, "--batch-size", 8, "--steps", 1, "--lowering", "plain", "--workers", 1]
+    argv += ["--image-size", 16, "--batch-size", 8, "--steps", 1, "--lowering", "reference", "--workers", 1]
     argv += ["--workdir", tmp_path / "run"]
     assert start(argv, env, script=[ROOT / "tests/small_training.py"]).wait() == 0
     assert not (tmp_path / "trace").exists(), (tmp_path / "trace").read_text()

@@ -17,9 +17,10 @@ from scipy.special import log_softmax, softmax
 from shufflenet_jax.commands import evaluate
 from shufflenet_jax.config import MEGVII_EVAL, TORCHVISION_EVAL_LARGE
 from shufflenet_jax.data.sources import open_source
+from shufflenet_jax.evaluation.predictions import Predictions
+from shufflenet_jax.evaluation.report import in_words, make_report, summarise
 from shufflenet_jax.inference import Model, class_activation_map
 from shufflenet_jax.loading import load_model
-from shufflenet_jax.report import in_words, make_report, summarise
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Run inside the page: what sticks out, texts and shapes whose contrast is below WCAG's AA, what no key reaches.
@@ -84,7 +85,7 @@ def random_rows(seed=0, images=400, classes=12):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images)
     logits = rng.normal(size=(images, classes)) + 2.0 * np.eye(classes)[labels] * (rng.random((images, 1)) < 0.8)
-    return {"name": np.array([f"{i}.png" for i in range(images)]), "label": labels, "logits": np.float32(2 * logits)}
+    return Predictions(labels, np.float32(2 * logits), np.array([f"{i}.png" for i in range(images)]))
 
 
 Z = 1.959963984540054  # Between -Z and Z lie 95 % of the normal distribution.
@@ -92,13 +93,13 @@ Z = 1.959963984540054  # Between -Z and Z lie 95 % of the normal distribution.
 
 def anew(rows):
     """Every figure of a report, computed in another way."""
-    labels, probabilities = rows["label"], softmax(np.float64(rows["logits"]), axis=1)
+    labels, probabilities = rows.label, softmax(np.float64(rows.logits), axis=1)
     best, sure, count = probabilities.argmax(1), probabilities.max(1), len(labels)
     wrong = best != labels
     in_five = [
-        label in sorted(range(len(p)), key=lambda c: -p[c])[:5] for label, p in zip(labels, rows["logits"], strict=True)
+        label in sorted(range(len(p)), key=lambda c: -p[c])[:5] for label, p in zip(labels, rows.logits, strict=True)
     ]
-    losses = -log_softmax(np.float64(rows["logits"]), axis=1)[np.arange(count), labels]
+    losses = -log_softmax(np.float64(rows.logits), axis=1)[np.arange(count), labels]
     half = Z * losses.std(ddof=1) / np.sqrt(count)
     bins = []
     for number in range(15):
@@ -155,7 +156,7 @@ def test_every_figure_of_a_summary_computed_anew(seed):
 
 
 def test_a_summary_where_all_is_right_names_no_mistakes():
-    summary = summarise({"label": np.arange(3), "logits": np.eye(3)})
+    summary = summarise(Predictions(np.arange(3), np.eye(3)))
     assert summary.top1.percent == 100 and not summary.surest and not summary.confused
     assert all(row.taken_for is None for row in summary.classes)
 
@@ -235,7 +236,7 @@ def test_every_figure_on_the_page_is_that_of_the_kept_predictions(report):
     assert cells_of(text, "confused") == [[named(a), named(b), str(count)] for a, b, count in wanted.confused]
     assert (f"<caption>20 of {wanted.pairs} pairs.</caption>" in text) == (wanted.pairs > 20)
     assert [found[1:2] + found[3:] for found in figures_in(text)] == [
-        (rows["name"][place], named(predicted), f"{100 * sure:.1f} %", named(label), rows["name"][place])
+        (rows.name[place], named(predicted), f"{100 * sure:.1f} %", named(label), rows.name[place])
         for place, label, predicted, sure in wanted.surest
     ]
 
@@ -297,7 +298,7 @@ def test_a_report_is_one_page_without_outside_resources(report, ten_classes, ref
 
 def test_a_single_image_that_is_right_makes_a_page_too(ten_classes):
     model = Model(*load_model(ten_classes[0]))
-    rows = {"name": np.array(["0.png"]), "label": np.array([2]), "logits": np.eye(10)[[2]]}
+    rows = Predictions(np.array([2]), np.eye(10)[[2]], np.array(["0.png"]))
     text = make_report(rows, model, None, title="one", command="")
     loss = -log_softmax(np.eye(10)[2])[2]
     assert re.search(rf'id="loss">{loss:.4f}</strong>\s*<span>mean over the images, in nats</span>', text)

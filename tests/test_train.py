@@ -18,18 +18,20 @@ from tensorboardX.proto import event_pb2
 
 from shufflenet_jax import __main__, checkpoint
 from shufflenet_jax.commands import evaluate, train
-from shufflenet_jax.config import PRESETS, TrainConfig
-from shufflenet_jax.data import transforms
+from shufflenet_jax.config import TrainConfig
+from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import train_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
-from shufflenet_jax.finetuning import initial_variables
 from shufflenet_jax.loading import load_model
-from shufflenet_jax.targets import load_predictions
+from shufflenet_jax.recipes import PRESETS
+from shufflenet_jax.training import loop
+from shufflenet_jax.training.finetuning import initial_variables
+from shufflenet_jax.training.supervision import load_predictions
 
 DIGITS = ("--config", "digits", "--image-size", 16)
 TINY = (*DIGITS, "--epochs", 2, "--eval-every", 1, "--log-every", 10, "--mixup", 0.2, "--ema-decay", 0.9)
-SMALL = (*DIGITS, "--lowering", "plain")  # Compiles sooner.
+SMALL = (*DIGITS, "--lowering", "reference")  # Compiles sooner.
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -191,9 +193,9 @@ def test_stored_predictions_travel_with_their_examples(trained, tmp_path, call):
     stored = load_predictions(tmp_path / "p.npz", source)
     batch = next(iter(train_batches(source, config, stop_step=1, stored=stored)))
     module, variables, info = load_model(trained)
-    logits = module.apply(variables, transforms.normalize(batch["images"], info.preprocess))[0]
+    logits = module.apply(variables, normalization.normalize(batch["images"], info.preprocess))[0]
     assert_allclose(batch["teacher"], logits, atol=1e-4)  # Folding rounds in another order.
-    wrong = {**stored, "label": (stored["label"] + 1) % 10}
+    wrong = stored._replace(label=(stored.label + 1) % 10)
     with pytest.raises(InputError, match="belong to other data"):
         next(iter(train_batches(source, config, stop_step=1, stored=wrong)))
 
@@ -254,7 +256,7 @@ def test_a_stopped_run_saves_and_the_same_command_goes_on_to_the_same_numbers(tr
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     damage(workdir / "checkpoints/46")
-    monkeypatch.setattr(train, "shown", interrupted(train.shown, 29, signal.SIGTERM))
+    monkeypatch.setattr(loop, "shown", interrupted(loop.shown, 29, signal.SIGTERM))
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
     assert status == 0 and "checkpoints/46/variables is damaged" in stderr and "going on after step 23" in stderr
     assert "stopped after step 30, which is saved" in stderr and (workdir / "damaged-46").is_dir()
@@ -390,10 +392,10 @@ def test_groups_that_do_not_divide_a_batch_are_refused(tmp_path, refused):
 def test_training_names_a_damaged_image_once_and_stops_at_too_many(capfd):
     config = TrainConfig(data="x", max_damaged=0.05)
     batches = [{"labels": 1, "damaged": np.array(["", name])} for name in ("a is cut", "a is cut", "", "b is cut")]
-    passed = train.without_damage(batches, config, examples=40)
+    passed = loop.without_damage(batches, config, examples=40)
     assert list(passed) == [{"labels": 1}] * 4
     told = capfd.readouterr().err
     assert told.count("a is cut") == 1 and "warning: b is cut; another one takes its place" in told
     batches = [{"labels": 1, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
     with pytest.raises(InputError, match="3 of 40 training images are damaged"):
-        list(train.without_damage(batches, config, examples=40))
+        list(loop.without_damage(batches, config, examples=40))

@@ -12,28 +12,26 @@ from numpy.testing import assert_allclose
 from small_training import assert_copies_agree, few_units
 
 from shufflenet_jax import model, parallel
-from shufflenet_jax.config import MMPRETRAIN_EVAL, PRESETS, ModelInfo
-from shufflenet_jax.data import mixing, transforms
+from shufflenet_jax.batch_groups import Epoch, plan_batch
+from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo
+from shufflenet_jax.data import mixing, normalization
 from shufflenet_jax.data.pipeline import train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
 from shufflenet_jax.errors import InputError
-from shufflenet_jax.losses import cross_entropy, distillation
 from shufflenet_jax.model import ShuffleNetV2, variable_shapes
 from shufflenet_jax.porting import convert, dialects, reference
-from shufflenet_jax.rows import Epoch, plan_layout
-from shufflenet_jax.targets import Extras, load_extras
-from shufflenet_jax.training import (
-    averaged,
-    create_state,
-    decay_table,
-    decays,
-    make_schedule,
-    train_step,
-)
+from shufflenet_jax.recipes import PRESETS
+from shufflenet_jax.training.averages import average_weights
+from shufflenet_jax.training.losses import cross_entropy, distillation
+from shufflenet_jax.training.optimizer import decay_table, decays
+from shufflenet_jax.training.schedule import make_schedule
+from shufflenet_jax.training.state import create_state
+from shufflenet_jax.training.step import Constants, train_step
+from shufflenet_jax.training.supervision import Supervision, load_supervision
 
 IN1K = PRESETS["in1k"]
 TOTAL = 375_600
-IN1K_EPOCH = Epoch(1_281_167, plan_layout(IN1K.batch_size, IN1K.bn_group_size, 1))
+IN1K_EPOCH = Epoch(1_281_167, plan_batch(IN1K.batch_size, IN1K.bn_group_size, 1))
 NOISE = 1e-12  # Some thousand times what float64 rounds the stem's values by.
 
 
@@ -60,7 +58,7 @@ def test_a_cosine_falls_as_pytorchs_does(every):
 
 
 def epoch_of(steps):
-    return Epoch(steps, plan_layout(1, 1, 1))
+    return Epoch(steps, plan_batch(1, 1, 1))
 
 
 def test_the_learning_rate_of_in1k_torchvision_is_that_of_torchvisions_script():
@@ -102,12 +100,12 @@ def test_the_learning_rate_scales_with_the_batch_only_where_asked():
 
 def test_an_epoch_of_in1k_has_1252_steps_and_its_last_has_16_groups_of_9():
     for devices in (1, 8, 32, 256):
-        layout = plan_layout(IN1K.batch_size, IN1K.bn_group_size, devices, most=64)
-        epoch = Epoch(1_281_167, layout)
+        plan = plan_batch(IN1K.batch_size, IN1K.bn_group_size, devices, most=64)
+        epoch = Epoch(1_281_167, plan)
         assert (epoch.steps, epoch.steps * IN1K.epochs) == (1252, TOTAL)
-        assert epoch.left == 144 and layout.groups == 16
-        assert layout.rows * layout.parts * devices == 1024 and layout.rows <= 64
-        spans = layout.rows_of(0, 0).spans
+        assert epoch.left == 144 and plan.groups == 16
+        assert plan.device_batch * plan.parts * devices == 1024 and plan.device_batch <= 64
+        spans = plan.groups_on(0, 0).spans
         assert (len(spans) if spans else None) == (None if devices < 32 else 16)
 
 
@@ -174,16 +172,16 @@ class Step:
         module = module.clone(dtype=np.dtype(dtype), frozen=self.config.frozen)
         variables, _ = dialects.from_torch(self.tensors, self.rules, module)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-        layout = parallel.plan_batch(self.config, jax.devices()[:1])
-        epoch = Epoch(IN1K_EPOCH.steps * layout.batch_size, layout)
+        plan = parallel.plan_for_devices(self.config, jax.devices()[:1])
+        epoch = Epoch(IN1K_EPOCH.steps * plan.batch_size, plan)
         source = Source(self.labels.size, None, module.num_classes, None, tuple)
         info = ModelInfo(module.width, module.layout, module.num_classes, MMPRETRAIN_EVAL)
-        extras = load_extras(dataclasses.replace(self.config, dtype=np.dtype(dtype).name), source, info)
+        supervision = load_supervision(dataclasses.replace(self.config, dtype=np.dtype(dtype).name), source, info)
         columns = {"images": self.images, "labels": self.labels}
-        if extras.stored:
-            columns["teacher"] = extras.stored["logits"].reshape(*self.labels.shape, -1).astype(dtype)
+        if supervision.stored:
+            columns["teacher"] = supervision.stored.logits.reshape(*self.labels.shape, -1).astype(dtype)
         batches = [dict(zip(columns, rows, strict=True)) for rows in zip(*columns.values(), strict=True)]
-        state, metrics = run_steps(module, self.config, epoch, variables, batches, jax.devices()[:1], extras)
+        state, metrics = run_steps(module, self.config, epoch, variables, batches, jax.devices()[:1], supervision)
         trees = {"": state.variables, "momentum": {"params": momentum_of(state)}, "averaged": state.ema}
         tensors = {name: dialects.to_torch(tree, self.rules, None) for name, tree in trees.items() if tree}
         return by_kind(tensors), float(metrics["loss"])
@@ -207,7 +205,7 @@ class Step:
             network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema_decay), use_buffers=True
         )
         for t, (images, labels) in enumerate(zip(self.images, self.labels, strict=True)):
-            inputs = np.asarray(transforms.normalize(images, MMPRETRAIN_EVAL, dtype)).transpose(0, 3, 1, 2)
+            inputs = np.asarray(normalization.normalize(images, MMPRETRAIN_EVAL, dtype)).transpose(0, 3, 1, 2)
             for group in optimizer.param_groups:
                 group["lr"] = 0.5 * (TOTAL - t) / TOTAL * (0.1 if t < self.config.warmup_steps else 1)
             optimizer.zero_grad()
@@ -304,14 +302,14 @@ def is_trace(node):
     return hasattr(node, "trace")
 
 
-def run_steps(module, config, epoch, variables, batches, devices, extras=None):
+def run_steps(module, config, epoch, variables, batches, devices, supervision=None):
     """The state and the last metrics after a step on each batch."""
-    extras = extras or Extras({})
-    step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=extras.teacher), devices)
-    fixed = parallel.replicate(extras.fixed, devices)
+    supervision = supervision or Supervision(Constants())
+    step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=supervision.teacher), devices)
+    constants = parallel.replicate(supervision.constants, devices)
     state = parallel.replicate(create_state(module, config, epoch, variables), devices)
-    for batch in parallel.feed(batches, epoch.layout, devices):
-        state, metrics = step(state, batch, fixed)
+    for batch in parallel.feed(batches, epoch.plan, devices):
+        state, metrics = step(state, batch, constants)
     return state, metrics
 
 
@@ -368,7 +366,7 @@ def test_each_setting_of_loss_and_optimiser_is_pytorchs_in_float64(x64, small_ne
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
     files = {name: str(tmp_path / recipe[name]) for name in ("teacher", "class_weights") if name in recipe}
     tensors = {key: tensor.numpy() for key, tensor in lively_network("torchvision").state_dict().items()}
-    settings = {"weight_decay": 0.01, "temperature": 3.0, "teacher_weight": 0.3, "lowering": "plain"}
+    settings = {"weight_decay": 0.01, "temperature": 3.0, "teacher_weight": 0.3, "lowering": "reference"}
     step = Step(tensors, images, labels.astype(np.int32), groups=2, **settings, **{**recipe, **files})
     (ours, our_loss), (theirs, their_loss) = step.in_jax("float64"), step.in_pytorch("float64")
     # As above; but PyTorch adds 1e-6 to the norm that it clips by.
@@ -383,7 +381,7 @@ EVERYTHING = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.
 
 @pytest.mark.parametrize(
     ("recipe", "passes", "routes", "lowering"),
-    [({}, 2, [ALONE, (4, 1), (1, 4)], "planar"), (EVERYTHING, 1, [ALONE, TOGETHER], "plain")],
+    [({}, 2, [ALONE, (4, 1), (1, 4)], "cpu"), (EVERYTHING, 1, [ALONE, TOGETHER], "reference")],
     ids=["in1k", "everything"],
 )
 def test_devices_and_parts_do_not_change_a_training(x64, small_networks, recipe, passes, routes, lowering):
@@ -398,9 +396,9 @@ def test_devices_and_parts_do_not_change_a_training(x64, small_networks, recipe,
     for count, parts in routes:
         config = dataclasses.replace(base, accumulate=parts, warmup_steps=5 * passes, **recipe)
         devices = jax.devices()[:count]
-        epoch = Epoch(len(data), parallel.plan_batch(config, devices))
+        epoch = Epoch(len(data), parallel.plan_for_devices(config, devices))
         assert epoch.steps == 10 and epoch.left == 12
-        batches = list(train_batches(data, config, epoch.layout, stop_step=10 * passes))
+        batches = list(train_batches(data, config, epoch.plan, stop_step=10 * passes))
         assert [batch["mask"].sum() for batch in batches if "mask" in batch] == [12] * passes
         batches = [{k: v for k, v in batch.items() if k != "damaged"} for batch in batches]
         state, metrics = run_steps(module, config, epoch, variables, batches, devices)
@@ -424,7 +422,7 @@ def test_a_step_in_bfloat16_is_near_that_in_float32_in_both_lowerings(small_netw
     batch = {"images": rng.integers(0, 256, (16, 64, 64, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 16)}
     config = dataclasses.replace(IN1K, batch_size=16, bn_group_size=8)
     device = jax.devices()[:1]
-    epoch = Epoch(IN1K_EPOCH.size, parallel.plan_batch(config, device))
+    epoch = Epoch(IN1K_EPOCH.size, parallel.plan_for_devices(config, device))
 
     def updates(dtype, lowering):
         network = module.clone(dtype=jnp.dtype(dtype), lowering=lowering)
@@ -433,8 +431,8 @@ def test_a_step_in_bfloat16_is_near_that_in_float32_in_both_lowerings(small_netw
         moved = jax.tree.map(lambda after, before: np.asarray(after) - before, state.variables, variables)
         return by_kind({"": dialects.to_torch(moved, dialects.DIALECTS["torchvision"], None)}), float(metrics["loss"])
 
-    exact, loss = updates("float32", "plain")
-    for lowering in ("planar", "plain"):
+    exact, loss = updates("float32", "reference")
+    for lowering in ("cpu", "reference"):
         found, near = updates("bfloat16", lowering)
         assert_allclose(near, loss, rtol=0.01)  # Each rounding is up to 0.4 %.
         for name, tensors in exact.items():
@@ -451,10 +449,10 @@ def test_a_step_that_forgets_to_share_gradients_or_statistics_is_noticed(small_n
     rng = np.random.default_rng(0)
     batch = {"images": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
     config = dataclasses.replace(IN1K, image_size=16, batch_size=8, bn_group_size=4)
-    module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, lowering="plain")
+    module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, lowering="reference")
     variables = jax.tree.map(np.asarray, model.init_variables(module))
     devices = jax.devices()[:2]
-    epoch = Epoch(8, parallel.plan_batch(config, devices))
+    epoch = Epoch(8, parallel.plan_for_devices(config, devices))
     monkeypatch.setattr(jax.lax, forgotten, lambda values, axis: values)
     state, _ = run_steps(module, config, epoch, variables, [batch], devices)
     with pytest.raises(AssertionError, match="copies differ"):
@@ -469,7 +467,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_table_says_so(small_networks):
     rng = np.random.default_rng(0)
     batch = {"images": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
     device = jax.devices()[:1]
-    epoch = Epoch(8, parallel.plan_batch(config, device))
+    epoch = Epoch(8, parallel.plan_for_devices(config, device))
     state, _ = run_steps(module, config, epoch, variables, [batch, batch], device)
     before, after = flatten_dict(variables), flatten_dict(state.variables)
     moved = {path[1] for path in before if not np.array_equal(before[path], after[path])}
@@ -489,7 +487,7 @@ def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_els
     config = dataclasses.replace(IN1K, image_size=32, batch_size=8, bn_group_size=4, steps=2, recalibrate=3)
     module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, dtype=np.float64)
     device = jax.devices()[:1]
-    epoch = Epoch(16, parallel.plan_batch(config, device))
+    epoch = Epoch(16, parallel.plan_for_devices(config, device))
     variables = jax.tree.map(np.asarray, model.init_variables(module))
     learned, _ = run_steps(module, config, epoch, variables, batches[:2], device)
     found, _ = run_steps(module, config, epoch, variables, batches, device)
@@ -498,7 +496,7 @@ def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_els
     apply = jax.jit(partial(module.apply, train=True, mutable=["batch_stats"]))
     moved = []
     for batch in batches[2:]:
-        inputs = transforms.normalize(batch["images"], config.preprocess, np.float64)
+        inputs = normalization.normalize(batch["images"], config.preprocess, np.float64)
         for group in np.split(np.asarray(inputs), 2):
             empty = {**learned.variables, "batch_stats": jax.tree.map(np.zeros_like, learned.batch_stats)}
             moved.append(apply(empty, group)[1]["batch_stats"])
@@ -515,7 +513,7 @@ def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_els
 def test_the_average_is_that_of_torchvisions_loop(x64, steps, every, warmup):
     decay = 0.9
     config = dataclasses.replace(IN1K, epochs=8, ema_decay=decay, ema_every=every, warmup_steps=warmup)
-    update = jax.jit(partial(averaged, config, epoch_of(steps)))
+    update = jax.jit(partial(average_weights, config, epoch_of(steps)))
     network, kept = torch.nn.Linear(1, 1, bias=False).double().requires_grad_(False), 0.0
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
@@ -572,7 +570,7 @@ def is_differentiable(image, weights):
     The weights are rounded to int8 and the pixels to uint8, so that such ties do occur, and each side breaks them in
     its own way: noise of rounding's size then changes the gradient of the stem, here and in PyTorch.
     """
-    inputs = torch.from_numpy(np.float64(transforms.normalize(image[None], MMPRETRAIN_EVAL)).transpose(0, 3, 1, 2))
+    inputs = torch.from_numpy(np.float64(normalization.normalize(image[None], MMPRETRAIN_EVAL)).transpose(0, 3, 1, 2))
     generator = torch.Generator().manual_seed(0)
     gradients = []
     for noise in (0, NOISE, NOISE):

@@ -4,9 +4,10 @@ import json
 import pytest
 from conftest import ROOT
 
-from shufflenet_jax import workdir as workdirs
-from shufflenet_jax.config import DIGITS_EVAL, PRESETS, ModelInfo
+from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.recipes import PRESETS
+from shufflenet_jax.training import workdir as workdirs
 
 CONFIG = PRESETS["digits"]
 INFO = ModelInfo(width=0.5, layout="torchvision", num_classes=10, preprocess=DIGITS_EVAL, in_chans=1)

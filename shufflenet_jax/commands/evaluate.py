@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import parallel
-from ..cli import CommandLine, add_process_options, libraries_silent, positive_integer, progress
-from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
+from .. import parallel, progress
+from ..config import LOWERINGS, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
 from ..data.labels import class_name
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source, split_version
 from ..errors import InputError
-from ..evaluation import eval_step, evaluate, read_predictions
+from ..evaluation.counting import eval_step, evaluate
+from ..evaluation.predictions import Predictions, read_predictions, write_predictions
 from ..files import path_of, written_aside
 from ..inference import Model
 from ..loading import load_model
-from ..ops import LOWERINGS
 from ..published import CARD, PUBLISHED
+from .console import libraries_silent, speak_as
+from .parsing import CommandLine, add_process_options, positive_integer
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -45,7 +46,7 @@ EXPECTED = {  # option: (figure, type, meaning)
 
 def main(argv):
     options = parse(argv)
-    with parallel.joined(options.coordinator_address, options.num_processes, options.process_id):
+    with parallel.joined(options.coordinator_address, options.num_processes, options.process_id, on_joined=speak_as):
         return evaluate_checkpoint(options, argv)
 
 
@@ -78,10 +79,9 @@ def evaluate_checkpoint(options, argv):
         other = options.compare and opened(options.compare, options, info)
         figures, rows = evaluate_on(*network, info.preprocess)
         if predictions:
-            with open(predictions, "wb") as file:
-                np.savez(file, **rows)
+            write_predictions(predictions, rows)
         if report:
-            from ..report import make_report  # matplotlib and scipy take a second.
+            from ..evaluation.report import make_report
 
             title = title_of(options) + ("" if among is None else f", among its {figures['classes']} classes")
             command = shlex.join(["python", "eval.py", *argv])
@@ -90,7 +90,8 @@ def evaluate_checkpoint(options, argv):
     if options.preprocess:
         figures["preprocess"] = under_each_preprocessing(network, info, source, figures, rows, evaluate_on)
     if other:
-        figures["compare"] = compared(options, info, rows, other if "logits" in other else evaluate_on(**other)[1])
+        others = other if isinstance(other, Predictions) else evaluate_on(**other)[1]
+        figures["compare"] = compared(options, info, rows, others)
     missed = misses(figures, options)
     if parallel.is_first():
         print(*missed, sep="", end="", file=sys.stderr)
@@ -113,12 +114,12 @@ def called(path):
 
 
 def load(checkpoint, options, *, ema=False):
-    """(a Model with a classifier, (what to evaluate, its variables)): the fast form unless --lowering is plain."""
+    """(a Model with a classifier, (what to evaluate, its variables)): the fast form unless --lowering is reference."""
     settings = {"dtype": jnp.dtype(options.dtype), "lowering": options.lowering}
     model = Model(*load_model(checkpoint, ema=ema, **settings))
     if not model.info.num_classes:
         raise InputError(f"{checkpoint} has no classifier and so no accuracy; choose another checkpoint")
-    return model, (model.module, model.variables) if options.lowering == "plain" else model.deployed
+    return model, (model.module, model.variables) if options.lowering == "reference" else model.deployed
 
 
 def competing(source, options, num_classes):
@@ -148,7 +149,7 @@ def under_each_preprocessing(network, info, source, figures, rows, evaluate_on):
 
     The figures name the images that flip, up to MOST_FLIPS of them, the table the first few.
     """
-    from ..comparison import compare  # scipy takes half a second.
+    from ..evaluation.comparison import compare
 
     found = {"as stored": {**figures, "flips": 0, "flipped": []}}
     print(f"{'images prepared':28}{'top-1':>8}{'top-5':>8}{'flips':>7}  the first that flip")
@@ -164,7 +165,7 @@ def under_each_preprocessing(network, info, source, figures, rows, evaluate_on):
 
 def ways_to_prepare(own, source):
     """{name: (Preprocess, Source)}: the published ways, and the model's own with one thing changed; equal ones once."""
-    from ..comparison import decoded_by
+    from ..evaluation.comparison import decoded_by
 
     if own.channels != 3:
         raise InputError("--preprocess all is for networks that take colours; leave it out")
@@ -191,7 +192,7 @@ def ways_to_prepare(own, source):
 
 
 def opened(compare, options, info):
-    """What `--compare` names: {"name", "label", "logits"} of a file, or the arguments to evaluate a checkpoint with."""
+    """What `--compare` names: the Predictions of a file, or the arguments to evaluate a checkpoint with."""
     if Path(compare).suffix == ".npz":
         return read_predictions(compare)
     model, (module, variables) = load(compare, options)
@@ -202,7 +203,7 @@ def opened(compare, options, info):
 
 def compared(options, info, rows, others):
     """Sets predictions beside others; prints what differs and returns the figures."""
-    from ..comparison import compare
+    from ..evaluation.comparison import compare
 
     found = compare(rows, others)
     print(
@@ -222,7 +223,7 @@ def parse(argv):
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     told = (
-        "tfds:NAME, a folder of images, or digits: see docs/data.md (default, for a published name: ImageNet's "
+        "tfds:NAME, a folder of images, a zip of one, or digits: see docs/data.md (default, for a published name: ImageNet's "
         "validation images, expecting the published figures)"
     )
     parser.add_argument("--data", help=told)
@@ -243,7 +244,7 @@ def parse(argv):
     parser.add_argument("--preprocess", choices=["all"], help=told)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the computation")
     parser.add_argument(
-        "--lowering", choices=LOWERINGS, default="auto", help="'plain' is the slow reference, batch norm and all"
+        "--lowering", choices=LOWERINGS, default="auto", help="'reference' is the slow, plain form, batch norm and all"
     )
     add_process_options(parser)
     for option, (_, kind, meaning) in EXPECTED.items():
@@ -263,7 +264,7 @@ def parse(argv):
 
 def shown(batches, total):
     """The batches as they come, with a progress bar that counts their images."""
-    with progress(total=total, unit="image", desc="evaluating") as bar:
+    with progress.bar(total=total, unit="image", description="evaluating") as bar:
         for batch in batches:
             yield batch
             bar.update(int(batch["mask"].sum()) * jax.process_count())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,18 +11,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ..cli import CommandLine, positive_integer, progress, warn
-from ..data import transforms
+from .. import progress
+from ..data import normalization
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
-from ..exports.comparison import TOLERANCE, compare, last, nchw, nhwc, photographs
+from ..exports.agreement import TOLERANCE, last, measure_agreement, nchw, nhwc, photographs
 from ..exports.tensors import metadata_of
 from ..files import written_aside
 from ..inference import Model
 from ..loading import load_model
 from ..porting.dialects import DIALECTS
+from .parsing import CommandLine, positive_integer
 from .publish import without_places
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Write a network for another runtime. The file is loaded there again and compared with ours on real images; where "
@@ -121,7 +125,7 @@ def write_8_bits(options, model, source, draft):
 
     bits = options.weight_bits or runtime.weight_bits()
     if bits == 7 and not options.weight_bits:
-        warn(
+        logger.warning(
             "this CPU shows no VNNI, without which sums of 8-bit products saturate: weights get 7 bits (--weight-bits)"
         )
     print(f"weights in {bits} bits, activations in 8")
@@ -129,7 +133,7 @@ def write_8_bits(options, model, source, draft):
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     images = dataclasses.replace(source, size=count, read=lambda index: source[int(chosen[index])])
     plain, activations = graph.make_model(model.module, model.variables, model.info.preprocess)
-    with progress(total=2 * count, unit="image", desc="calibrating") as bar:
+    with progress.bar(total=2 * count, unit="image", description="calibrating") as bar:
 
         def batches():
             for batch in eval_batches(images, model.info.preprocess, batch_size=BATCH):
@@ -166,7 +170,7 @@ def taken(options, model, images):
 
 
 def normalized(model, images):
-    return np.asarray(transforms.normalize(images, model.info.preprocess))
+    return np.asarray(normalization.normalize(images, model.info.preprocess))
 
 
 def checked(options, model, data, written, *, exact):
@@ -182,8 +186,8 @@ def checked(options, model, data, written, *, exact):
     else:
         batches = list(photographs(model, batch))
         total = int(sum(batch["mask"].sum() for batch in batches))
-    with progress(total=total, unit="image", desc="comparing") as bar:
-        found = compare(lambda images: last(*model.outputs(images)), written.run, counted(batches, bar))
+    with progress.bar(total=total, unit="image", description="comparing") as bar:
+        found = measure_agreement(lambda images: last(*model.outputs(images)), written.run, counted(batches, bar))
     away = f"largest difference {found.difference:.1e}, {found.share:.1e} of the largest output ({found.largest:.4g})"
     if exact and not found.passed:
         raise Differs(f"{written.called} gives something else: {away}, not {TOLERANCE:.0e} of it: nothing written")

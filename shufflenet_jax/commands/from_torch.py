@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from .. import checkpoint
-from ..cli import CommandLine
+from ..model import describe
 from ..porting import convert
 from ..porting.dialects import DIALECTS
+from .parsing import CommandLine
 
 DESCRIPTION = "Convert a PyTorch ShuffleNetV2 checkpoint into a model directory, and prove that both compute the same."
 
@@ -30,7 +31,7 @@ def main(argv):
     convert.warn_if_outdated(file)
     checkpoint.require_free(out, overwrite=options.overwrite)
     conversion = convert.convert(file, dialect=options.dialect)
-    print(f"{file.name}: {conversion.dialect}, {describe(conversion)}")
+    print(f"{file.name}: {conversion.dialect}, {describe(conversion.module)}")
     if not options.no_verify:
         rows = convert.verify(conversion)
         print(convert.table(rows))
@@ -40,9 +41,3 @@ def main(argv):
     checkpoint.save_model(out, conversion.info, conversion.variables, overwrite=options.overwrite)
     print(f"wrote {out}")
     return 0
-
-
-def describe(conversion):
-    module = conversion.module
-    head = f"{module.num_classes} classes" if module.num_classes else "no classifier: features only"
-    return f"{module.width}x, {module.layout} layout, {head}"

@@ -5,11 +5,12 @@ import json
 import re
 
 from ..accounting import count, total
-from ..cli import CommandLine
-from ..config import MOST, WIDTHS
+from ..architecture import CHANNELS, LAYOUTS
+from ..config import MOST
 from ..errors import InputError
 from ..loading import load_model
-from ..model import LAYOUTS, ShuffleNetV2
+from ..model import ShuffleNetV2, describe
+from .parsing import CommandLine
 
 DESCRIPTION = "Tell parameters, multiply-adds, activations, receptive field and output of each stage, for one image."
 DEFAULTS = {"width": 1.0, "layout": "torchvision", "num_classes": 1000, "in_chans": 3, "small_stem": False}
@@ -49,13 +50,14 @@ def main(argv):
         rows = [stage._asdict() for stage in stages]
         print(json.dumps({**settings, "resolution": [height, width], "stages": rows, "total": total(stages)}))
     else:
-        print(describe(module, height, width), *table(stages), MEANING, sep="\n")
+        images = f"{height} x {width} x {module.in_chans}"
+        print(f"{describe(module)}, for an image of {images}", *table(stages), MEANING, sep="\n")
     return 0
 
 
 def parse(argv):
     parser = CommandLine(prog="shufflenet-jax info", description=DESCRIPTION)
-    parser.add_argument("--width", type=float, choices=WIDTHS, help=f"of the network (default: {DEFAULTS['width']})")
+    parser.add_argument("--width", type=float, choices=CHANNELS, help=f"of the network (default: {DEFAULTS['width']})")
     parser.add_argument("--layout", choices=LAYOUTS, help=f"its wiring (default: {DEFAULTS['layout']})")
     told = f"outputs of the classifier; 0 leaves it out (default: {DEFAULTS['num_classes']})"
     parser.add_argument("--num-classes", type=whole_number(0), metavar="N", help=told)
@@ -88,14 +90,6 @@ def resolution_of(text):
     if len(sides) != text.count("x") + 1 or len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels, like 224 or 192x256")
     return sides[0], sides[-1]
-
-
-def describe(module, height, width):
-    """One line: which network, for which images."""
-    head = f"{module.num_classes} classes" if module.num_classes else "no classifier"
-    stem = ", small stem" if module.small_stem else ""
-    images = f"{height} x {width} x {module.in_chans}"
-    return f"{module.width}x, {module.layout} layout{stem}, {head}, for an image of {images}"
 
 
 def table(stages):

@@ -4,9 +4,9 @@ import json
 
 from ..accounting import count, total
 from ..checkpoint import module_of
-from ..cli import CommandLine
 from ..inference import published_info
 from ..published import list_models
+from .parsing import CommandLine
 
 DESCRIPTION = (
     "List the published weights. Every name is a --checkpoint, whose file is downloaded on first use; Megvii's, which "
@@ -22,7 +22,7 @@ def main(argv):
     names = ("name", "width", "parameters", "multiply-adds", "top-1", "top-5", "from", "licence")
     if not options.json:
         print("".join(f"{name:{width}}" for name, width in zip(names, columns, strict=True)).rstrip())
-    for row in map(describe, list_models().items()):
+    for row in map(row_of, list_models().items()):
         if options.json:
             print(json.dumps(row))
             continue
@@ -32,7 +32,7 @@ def main(argv):
     return 0
 
 
-def describe(item):
+def row_of(item):
     name, published = item
     info = published_info(name)
     summed = total(count(module_of(info), info.preprocess.crop, info.preprocess.crop))

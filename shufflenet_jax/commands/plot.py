@@ -1,8 +1,8 @@
 """`python -m shufflenet_jax plot`: draws the curves of a training, finished or not."""
 
-from ..cli import CommandLine
 from ..files import path_of
 from ..plots import plot_curves
+from .parsing import CommandLine
 
 DESCRIPTION = "Draw loss, accuracy and learning rate of a training into its folder."
 

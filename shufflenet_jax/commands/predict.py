@@ -11,15 +11,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..cli import CommandLine, libraries_silent, positive_integer, progress, tell, usable_cores
+from .. import progress
+from ..architecture import FEATURES
 from ..data.sources import IMAGE_SUFFIXES
+from ..data.workers import usable_cores
 from ..errors import InputError
 from ..files import printable, written_aside
 from ..inference import class_activation_map, get_model
 from ..published import CARD, UNREACHED, fetch, reason_of
+from .console import libraries_silent, report_error
+from .parsing import CommandLine, positive_integer
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
-LAYERS = ("stem", "stage2", "stage3", "stage4", "conv5", "pooled")
 SUFFIXES = IMAGE_SUFFIXES | {".gif"}  # Training on folders follows torchvision, which leaves these out.
 BATCH = 16
 MOST_DRAWN = 24
@@ -39,17 +42,17 @@ def main(argv):
         layer = options.layer if options.features else "conv5" if options.cam else None
         found = predictions(model, names, layer)
         if options.features:  # Otherwise the lines on stdout show how far it is.
-            found = progress(iterable=found, total=len(names), unit="image")
+            found = progress.follow(found, total=len(names), unit="image", description="predicting")
         for name, crop, logits, feature in found:
             if isinstance(crop, InputError):
                 failed += 1
-                tell("error: " + " ".join(str(crop).split()))
+                report_error(crop)
                 continue
             if options.features:
                 kept["name"].append(name)
                 kept["features"].append(feature)
                 continue
-            row = describe(model, name, logits, options.topk)
+            row = prediction_of(model, name, logits, options.topk)
             print(json.dumps(row) if options.json else as_text(row))
             if options.save_picture and len(drawn) < MOST_DRAWN:
                 cam = class_activation_map(model, feature, row["pred_label"]) if options.cam else None
@@ -60,7 +63,7 @@ def main(argv):
             with open(draft, "wb") as file:
                 np.savez(file, **{key: np.stack(values) for key, values in kept.items()})
         elif drawn:
-            from ..plots import plot_predictions  # matplotlib takes half a second.
+            from ..plots import plot_predictions
 
             plot_predictions(drawn, draft)
     return 2 if failed else 0
@@ -89,7 +92,7 @@ def parse(argv):
     told = "write {name, features} of all images there instead of predicting"
     parser.add_argument("--features", metavar="OUT.npz", type=Path, help=told)
     told = "of which layer: pooled is (C,) for each image, the others are (H, W, C) (default: pooled)"
-    parser.add_argument("--layer", choices=LAYERS, default="pooled", help=told)
+    parser.add_argument("--layer", choices=FEATURES, default="pooled", help=told)
     options = parser.parse_args(argv)
     if options.cam and not options.save_picture:
         raise InputError("--cam draws into a picture; add --save-picture OUT.png")
@@ -155,7 +158,7 @@ def fetched(address):
         raise InputError(f"image {address} cannot be fetched: {reason_of(error)}; check the address") from error
 
 
-def describe(model, name, logits, topk):
+def prediction_of(model, name, logits, topk):
     """{"image", "pred_label", "pred_class", "pred_score", "topk": [{"label", "class", "score"}]} of an image."""
     scores = np.exp(logits - logits.max(), dtype=np.float64)
     scores /= scores.sum()

@@ -1,10 +1,16 @@
 """`python -m shufflenet_jax prepare`: images or TFRecords become a TFDS data set that trains at full speed."""
 
 import json
+import logging
 
-from ..cli import CommandLine, positive_integer, progress, warn
-from ..data import prepare
+from .. import progress
 from ..errors import InputError
+from ..preparation import dataset
+from ..preparation.contents import read_contents
+from ..preparation.records import StoreOptions
+from .parsing import CommandLine, positive_integer
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Turn ILSVRC2012's tars, a class folder, a zip of one, or a TFDS directory of TFRecords into a TFDS data set in "
@@ -26,24 +32,24 @@ def main(argv):
     parser.add_argument("--processes", type=positive_integer, help="shards to write at a time (default: one a core)")
     options = parser.parse_args(argv)
 
-    if prepare.is_tfds(options.source):
+    if dataset.is_tfds(options.source):
         if options.short_edge or options.skip_damaged:
             raise InputError("TFRecords are copied as they are; leave --short-edge and --skip-damaged out")
-        plan = prepare.plan_tfrecords(options.source, options.name, options.out)
+        plan = dataset.plan_tfrecords(options.source, options.name, options.out)
         total = None
     else:
-        chosen = prepare.Options(options.short_edge, options.quality, options.skip_damaged, options.shard_size)
-        contents = prepare.read_contents(options.source)
-        plan = prepare.plan_images(contents, options.source, options.name, options.out, chosen)
+        chosen = StoreOptions(options.short_edge, options.quality, options.skip_damaged, options.shard_size)
+        contents = read_contents(options.source)
+        plan = dataset.plan_images(contents, options.source, options.name, options.out, chosen)
         total = sum(map(len, contents.splits.values()))
-    with progress(total=total, unit="image", desc="preparing") as bar:
+    with progress.bar(total=total, unit="image", description="preparing") as bar:
 
         def on_done(report):
-            bar.update(report["examples"] + len(report["damaged"]))
-            for reason in report["damaged"]:
-                warn(f"{reason}; left out")
+            bar.update(report.examples + len(report.damaged))
+            for reason in report.damaged:
+                logger.warning("%s; left out", reason)
 
-        result = prepare.write(plan, processes=options.processes, on_done=on_done)
-    damaged = len(result["damaged"])
-    print(json.dumps({"name": plan.name, "folder": str(plan.folder), **result["examples"], "left_out": damaged}))
+        result = dataset.write(plan, processes=options.processes, on_done=on_done)
+    damaged = len(result.damaged)
+    print(json.dumps({"name": plan.name, "folder": str(plan.folder), **result.examples, "left_out": damaged}))
     return 0

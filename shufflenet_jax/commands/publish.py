@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ..accounting import count, total
 from ..checkpoint import hash_of_variables, module_of, save_model
-from ..cli import CommandLine
 from ..errors import InputError
 from ..files import path_of, written_aside
 from ..loading import load_model
+from .parsing import CommandLine
 
 DESCRIPTION = (
     "Make a model directory to give away: the weights without optimiser state and history, model.json, and a model "

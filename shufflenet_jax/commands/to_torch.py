@@ -1,10 +1,10 @@
 """`convert/to_torch.py`: a model directory becomes a PyTorch checkpoint in any dialect of its wiring."""
 
 from ..checkpoint import load_directory
-from ..cli import CommandLine
 from ..files import written_aside
 from ..porting import convert
 from ..porting.dialects import DIALECTS
+from .parsing import CommandLine
 
 DESCRIPTION = "Write a model directory as a PyTorch checkpoint; what was converted from PyTorch comes back bit for bit."
 

@@ -4,13 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .. import plots
-from ..cli import CommandLine, libraries_silent, positive_integer, progress
-from ..config import PRESETS, TrainConfig
+from .. import plots, progress
+from ..config import TrainConfig
 from ..data.labels import imagenet_classes
 from ..data.pipeline import train_batches
 from ..data.sources import open_source
 from ..data.survey import survey
+from ..recipes import PRESETS
+from .console import libraries_silent
+from .parsing import CommandLine, positive_integer
 
 DESCRIPTION = (
     "Read every image of a data set and tell what is in there. The last line on stdout is a JSON object; exit 1 if "
@@ -21,7 +23,7 @@ SHOWN = 5  # Names a line.
 
 def main(argv):
     parser = CommandLine(prog="shufflenet-jax verify", description=DESCRIPTION)
-    parser.add_argument("data", help="tfds:NAME, a folder of images, or digits")
+    parser.add_argument("data", help="tfds:NAME, a folder of images, a zip of one, or digits")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     parser.add_argument("--preview", metavar="OUT.png", help="draw a batch as training sees it, with its labels")
@@ -32,7 +34,7 @@ def main(argv):
     options = parser.parse_args(argv)
 
     source = open_source(options.data, options.split, data_dir=options.data_dir)
-    with libraries_silent(), progress(total=len(source), unit="image", desc="verifying") as bar:
+    with libraries_silent(), progress.bar(total=len(source), unit="image", description="verifying") as bar:
         found = survey(source, on_done=bar.update)
     report(found, source)
     if options.preview and len(found.unreadable) < found.images:

@@ -7,7 +7,7 @@ batch. They are a pure function of a key and the group's number, whatever the de
 import jax
 import jax.numpy as jnp
 
-from .transforms import inside
+from .normalization import inside
 
 
 def draw(key, groups, mixup, cutmix, height, width):
@@ -46,7 +46,7 @@ def _span(key, half, length):
     return jnp.maximum(centre - reach, 0), jnp.minimum(centre + reach, length)
 
 
-def mix(images, weights, rows):
+def mix(images, weights, groups):
     """Images (B, H, W, C) and the next ones of their groups, in the shares of `draw`'s weights."""
     weights = weights[..., None].astype(images.dtype)
-    return weights * images + (1 - weights) * rows.following(images)
+    return weights * images + (1 - weights) * groups.following(images)

@@ -11,10 +11,10 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
-from ..cli import usable_cores
+from ..batch_groups import Epoch, plan_batch
 from ..errors import InputError
-from ..rows import Epoch, plan_layout
-from . import augment, transforms
+from . import augmentation, decoding, geometry
+from .workers import usable_cores
 
 KEPT_BYTES = 2**28  # A training keeps decoded images, in each process that decodes, of data that fill no more memory.
 
@@ -42,7 +42,7 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1,
             nothing = np.zeros(source.label_shape, np.int32)
             return {"images": empty, "labels": nothing, "mask": np.float32(0), "names": ""}
         example = source[position]
-        image = transforms.prepare(example.image, preprocess, example.name)
+        image = geometry.prepare(example.image, preprocess, example.name)
         return {"images": image, "labels": np.int32(example.label), "mask": np.float32(1), "names": example.name}
 
     rows = _host_rows(batch_size, 0, -(-count // batch_size), host, hosts)
@@ -50,7 +50,7 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1,
 
 
 def train_batches(
-    source, config, layout=None, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None, stored=None
+    source, config, plan=None, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None, stored=None
 ):
     """The batches of steps start_step .. stop_step - 1. Every pass over the data has an order of its own.
 
@@ -60,9 +60,9 @@ def train_batches(
     Args:
       source: a Source.
       config: a TrainConfig: batch size, seed, preprocessing and augmentation.
-      layout: the Layout of a batch; by default that of a single device.
+      plan: the BatchPlan of a batch; by default that of a single device.
       host, hosts, workers, threads: as in `eval_batches`; a host reads its slice of each part of a batch.
-      stored: a teacher's {"label": (N,), "logits": (N, num_classes)} of the examples.
+      stored: a teacher's Predictions of the examples.
     Returns:
       An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "flip": bool (b,), "erase": int32 (b, 4) with
       top, left, height and width of a rectangle, "damaged": str (b,)}; the last names the image that had to be
@@ -71,8 +71,8 @@ def train_batches(
     Raises:
       InputError: no image can be read, or stored logits belong to other examples.
     """
-    layout = layout or plan_layout(config.batch_size, config.bn_group_size, 1, parts=1)
-    size, preprocess, whole = len(source), config.train_preprocess, Epoch(len(source), layout)
+    plan = plan or plan_batch(config.batch_size, config.bn_group_size, 1, parts=1)
+    size, preprocess, whole = len(source), config.train_preprocess, Epoch(len(source), plan)
     # The fast crop decodes no more than it needs.
     examples = source if config.crop == "random" and config.transform == "fast" else _Decoded(source, preprocess)
 
@@ -83,25 +83,25 @@ def train_batches(
             try:
                 example = examples[found]
                 # A new generator for each try: what a damaged image has drawn must not matter.
-                row = augment.training_row(example, config, preprocess, np.random.default_rng(seed))
+                row = augmentation.training_row(example, config, preprocess, np.random.default_rng(seed))
                 return found, {**row, "labels": np.int32(example.label), "damaged": damaged}
             except InputError as error:
                 damaged = damaged or str(error)
         raise InputError(f"no image of the training data can be read; the first: {damaged}")
 
     def load(position):
-        epoch, place, real = whole.find(*divmod(position, layout.batch_size))
+        epoch, place, real = whole.find(*divmod(position, plan.batch_size))
         index = shuffled(place % size // config.repeats, size, config.seed, epoch)
         index, row = readable(index, seed=(config.seed, epoch * whole.padded + place))
         if stored:
-            if stored["label"][index] != row["labels"]:
+            if stored.label[index] != row["labels"]:
                 raise InputError(f"the teacher's predictions belong to other data: example {index} has another label")
-            row["teacher"] = stored["logits"][index]
+            row["teacher"] = stored.logits[index]
         return row if real is None else {**row, "mask": np.float32(real)}
 
-    part, parts = layout.batch_size // layout.parts, layout.parts
+    part, parts = plan.batch_size // plan.parts, plan.parts
     rows = _host_rows(part, start_step * parts, stop_step * parts, host, hosts)
-    return _batches(rows.map(load), layout.batch_size // hosts, workers, threads)
+    return _batches(rows.map(load), plan.batch_size // hosts, workers, threads)
 
 
 class _Decoded:
@@ -115,7 +115,7 @@ class _Decoded:
         if found is None:
             found = self._source[index]
             if isinstance(found.image, bytes):
-                pixels = transforms.decode(found.image, self._preprocess.decoder, found.name)
+                pixels = decoding.decode(found.image, self._preprocess.decoder, found.name)
                 found = found._replace(image=pixels)
                 if pixels.nbytes * len(self._source) <= KEPT_BYTES:
                     self._kept[index] = found

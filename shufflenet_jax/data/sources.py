@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cli import progress
+from .. import progress
 from ..errors import InputError
 from ..files import DAMAGED_ZIP, path_of, require_plain
 from .locations import Location, zip_files
@@ -46,7 +46,7 @@ class Source:
 
 
 def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=None, multi_label=False):
-    """Opens what `--data` names.
+    """Open a data set.
 
     Args:
       data: "digits", "tfds:NAME", or a folder or a zip of one, with `<split>/<class>/<image>` or `meta/<split>.txt`.
@@ -87,8 +87,8 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
             f"the data set {name} is stored as {info.file_format.value}, which cannot be read at random; convert it "
-            f"once: python -m shufflenet_jax prepare --source {builder.data_path} --name {name} --out DIR "
-            "and give --data-dir DIR"
+            "once, and name the new place with `data_dir`",
+            command=("prepare", {"source": builder.data_path, "name": name, "out": "DIR"}),
         )
     truth = "real_label" if multi_label and "label" not in info.features else "label"
     labels = dict(info.features.items()).get(truth)
@@ -125,7 +125,10 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
         return called, image, [rank[own[label]] for label in found] if labels.names else found
 
     def all_labels():
-        return [parsed(index)[2] for index in progress(iterable=range(size), unit="image", desc="reading labels")]
+        return [
+            parsed(index)[2]
+            for index in progress.follow(range(size), total=size, unit="image", description="reading labels")
+        ]
 
     def read(index):
         called, image, (label,) = parsed(index)
@@ -135,16 +138,20 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     if truth == "label":
         return Source(size, read, labels=lambda: (label for (label,) in all_labels()), **known)
 
-    truths = all_labels()
-    judged, most = [index for index, found in enumerate(truths) if found], max(map(len, truths))
+    return _open_judged(f"split {split} of {name}", parsed, all_labels(), known)
+
+
+def _open_judged(what, parsed, truths, known):
+    """Return the Source of the images that have a label, or several; the others are left out."""
+    judged, most = [index for index, labels in enumerate(truths) if labels], max(map(len, truths))
     if not judged:
-        raise InputError(f"no image of {name}, split {split}, has a label; choose another split")
+        raise InputError(f"no image of {what} has a label; choose another split")
 
-    def read_several(index):
-        called, image, found = parsed(judged[index])
-        return Example(called, image, np.int32(found + [-1] * (most - len(found))))
+    def read(index):
+        name, image, labels = parsed(judged[index])
+        return Example(name, image, np.int32(labels + [-1] * (most - len(labels))))
 
-    return Source(len(judged), read_several, labels=lambda: chain(*truths), label_shape=(most,), **known)
+    return Source(len(judged), read, labels=lambda: chain(*truths), label_shape=(most,), **known)
 
 
 def open_tfds(folder):
@@ -176,8 +183,8 @@ def tfds_directory(name, data_dir=None):
     versions = [path.parent for path in root.glob("**/dataset_info.json") if utils.Version.is_valid(path.parent.name)]
     if not versions:
         raise InputError(
-            f"no data set {name} in {root.parent}; name its place with --data-dir, or make it with "
-            f"python -m shufflenet_jax prepare --source S --name {name} --out {root.parent}"
+            f"no data set {name} in {root.parent}; name its place with `data_dir`, or prepare it",
+            command=("prepare", {"source": "S", "name": name, "out": root.parent}),
         )
     configs = sorted({path.parent.relative_to(root).as_posix() for path in versions})
     if len(configs) > 1:
@@ -278,11 +285,11 @@ def _choose_split(split, what, exists):
     """The split asked for, or the first of the usual evaluation splits that exists."""
     if split is not None:
         if not exists(split):
-            raise InputError(f"{what} has no split {split!r}; name another with --split")
+            raise InputError(f"{what} has no split {split!r}; name another with `split`")
         return split
     found = next(filter(exists, EVAL_SPLITS), None)
     if found is None:
-        raise InputError(f"{what} has none of the splits {', '.join(EVAL_SPLITS)}; name one with --split")
+        raise InputError(f"{what} has none of the splits {', '.join(EVAL_SPLITS)}; name one with `split`")
     return found
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..cli import usable_cores
 from ..errors import InputError
+from .decoding import decode
 from .jpeg import orientation_in
-from .transforms import decode
+from .workers import usable_cores
 
 AHEAD = 64  # Images under way at a time, for each thread.
 

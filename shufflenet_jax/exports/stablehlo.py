@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..deploy import Deployed, deploy
-from ..evaluation import forward
-from .comparison import last
+from ..forward import forward
+from .agreement import last
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

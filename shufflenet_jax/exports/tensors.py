@@ -10,7 +10,7 @@ from ..checkpoint import module_of, require_sound
 from ..config import ModelInfo
 from ..errors import InputError
 from ..model import variable_shapes
-from .comparison import nchw, nhwc
+from .agreement import nchw, nhwc
 
 
 def metadata_of(info):
@@ -56,7 +56,7 @@ def read_safetensors(path, **settings):
 
 def save_torch(path, model, dialect):
     """Writes a Model as a PyTorch file of a dialect."""
-    from ..porting import convert  # PyTorch takes a second.
+    from ..porting import convert
 
     convert.save_torch(convert.back_to_torch(model.module, model.variables, model.info, dialect), dialect, path)
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from .. import checkpoint
+from ..architecture import FEATURES
 from ..config import ModelInfo
-from ..data import transforms
+from ..data import normalization
 from ..data.labels import imagenet_classes
 from ..errors import InputError
 from ..files import hash_of, path_of
-from ..model import FEATURES
 from . import dialects, reference
 
 # Shares of a stage's largest value. float64 rounds 1e-16 an operation, float32 6e-8, some 50 layers deep; random
@@ -104,7 +104,7 @@ def _unwrap(content, path, *, ema):
     if ema:
         averaged = next((content[key] for key in ("ema_state_dict", "model_ema") if key in content), None)
         if not isinstance(averaged, dict):
-            raise InputError(f"checkpoint {path} holds no averaged weights; leave --ema out")
+            raise InputError(f"checkpoint {path} holds no averaged weights; leave `ema` out")
         # The averaging itself counts its updates beside the weights.
         tensors = {key: value for key, value in averaged.items() if key not in ("steps", "n_averaged")}
     else:
@@ -150,7 +150,7 @@ def convert(file, *, dialect=None):
     """
     spoken = dialects.recognize(file.tensors)
     if dialect not in (None, spoken):
-        raise InputError(f"{file.name} speaks {spoken}, not {dialect}; leave --dialect out or correct it")
+        raise InputError(f"{file.name} speaks {spoken}, not {dialect}; leave `dialect` out or correct it")
     rules = dialects.DIALECTS[spoken]
     tensors = dialects.canonical(file.tensors, rules)
     module = dialects.module_for(tensors, rules)
@@ -230,7 +230,7 @@ def verify(conversion):
     ours, theirs = {}, {}
     for dtype in ("float32", "float64"):
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            inputs = np.asarray(transforms.normalize(images, conversion.info.preprocess, dtype))
+            inputs = np.asarray(normalization.normalize(images, conversion.info.preprocess, dtype))
             ours[dtype] = _outputs(*jax.jit(module.clone(dtype=dtype).apply)(conversion.variables, inputs))
         with torch.no_grad():
             channels_first = torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy())

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ..architecture import CHANNELS, UNITS
 from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, MOST, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, Preprocess
 from ..errors import InputError
-from ..model import CHANNELS, UNITS, ShuffleNetV2, variable_shapes
+from ..model import ShuffleNetV2, variable_shapes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..model import CHANNELS, STEM_CHANNELS, UNITS
+from ..architecture import CHANNELS, STEM_CHANNELS, UNITS
 
 
 class ConvModule(nn.Module):

@@ -17,8 +17,8 @@ from PIL import Image
 from small_training import few_units
 
 from shufflenet_jax.data.labels import imagenet_classes
-from shufflenet_jax.data.prepare import features_for
 from shufflenet_jax.data.sources import open_source
+from shufflenet_jax.preparation.records import features_for
 
 from .mutations import tar_of
 

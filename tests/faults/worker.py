@@ -16,8 +16,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from small_training import few_units
 
-from shufflenet_jax import cli
 from shufflenet_jax.__main__ import main
+from shufflenet_jax.commands import console
 
 MEMORY = 4 << 30  # Bytes.
 
@@ -25,7 +25,7 @@ MEMORY = 4 << 30  # Bytes.
 def outcome_of(argv):
     """The exit status that a process would have; what ends it otherwise is printed as Python does."""
     try:
-        return cli.run(main, argv)
+        return console.run(main, argv)
     except SystemExit as end:
         return end.code or 0
     except BaseException:

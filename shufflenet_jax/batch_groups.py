@@ -1,0 +1,216 @@
+"""Batch-norm groups: which examples of a batch share statistics, and how devices divide them.
+
+A batch of B examples has B / n groups of n examples each, however many devices there are. Batch norm takes its
+statistics over a group, as each GPU of the published runs did. A device holds several whole groups, or several devices
+hold one group together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from .errors import InputError
+
+AXIS = "devices"  # The axis over which the steps of all devices are averaged.
+
+
+@struct.dataclass
+class BatchGroups:
+    """What batch norm must know of the examples on one device; by default they are one group, all of them real.
+
+    Attributes:
+      size: examples of a group on this device; None means all of them.
+      spans: for each group the places along AXIS of the devices that hold it together; None means one device each.
+      mask: (N,), 1 for real examples and 0 for padding; None means that all are real.
+      places: (N,), the places of the examples in the whole batch, which random numbers go by; None means from 0 on.
+    """
+
+    size: int | None = struct.field(pytree_node=False, default=None)
+    spans: Any = struct.field(pytree_node=False, default=None)
+    mask: Any = None
+    places: Any = None
+
+    def totals(self, values, axis):
+        """Sum values over the real examples of each group.
+
+        Args:
+          values: an array with one entry for each example along `axis`, which is one of its last two axes.
+          axis: that axis.
+        Returns:
+          An array of the same shape: at each example the sum over its group.
+        """
+        if self.mask is not None:
+            values = values * jnp.expand_dims(self.mask.astype(values.dtype), 1 - axis % 2)
+        count = values.shape[axis]
+        size = self.size or count
+        axis %= values.ndim
+        split = (*values.shape[:axis], count // size, size, *values.shape[axis + 1 :])
+        sums = values.reshape(split).sum(axis + 1, keepdims=True)
+        if self.spans:
+            sums = lax.psum(sums, AXIS, axis_index_groups=self.spans)
+        return jnp.broadcast_to(sums, split).reshape(values.shape)
+
+    def moments(self, x, axis):
+        """Return mean, biased variance and number of values, for each channel in the group of each example.
+
+        Args:
+          x: (B, H, W, C) with axis 0, or (C, H, W, B) with axis 1.
+          axis: where the examples lie once H and W are summed away.
+        Returns:
+          Mean and variance of shape (B, C) or (C, B). The number is one for all groups, or an array of that shape where
+          there is padding.
+        """
+        pixels, sums = x.shape[1] * x.shape[2], x.sum((1, 2))
+        if self.mask is None:
+            count = pixels * (self.size or sums.shape[axis]) * (len(self.spans[0]) if self.spans else 1)
+        else:
+            count = self.totals(jnp.full_like(sums, pixels), axis)
+        mean = self.totals(sums, axis) / count
+        var = self.totals(jnp.square(x - mean[:, None, None]).sum((1, 2)), axis) / count
+        return mean, var, count
+
+    def following(self, values):
+        """Return for each example (N, ...) the value of the next one in its group; the last one takes the first."""
+        groups = values.reshape(-1, self.size or len(values), *values.shape[1:])
+        first = groups[:, :1]
+        if self.spans:
+            first = lax.ppermute(first, AXIS, [(span[i], span[i - 1]) for span in self.spans for i in range(len(span))])
+        return jnp.concatenate([groups[:, 1:], first], axis=1).reshape(values.shape)
+
+    @property
+    def single_group(self):
+        """Whether all examples form one group on this device alone, which needs no bookkeeping."""
+        return self.size is None and self.spans is None and self.mask is None
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the examples of each batch are divided over parts and devices.
+
+    A batch is taken in `parts`, one after another. Each part is dealt out over the devices in order.
+
+    Attributes:
+      batch_size: examples of a batch.
+      group: examples that share batch statistics.
+      devices: over all hosts.
+      parts: in which the devices take a batch.
+    """
+
+    batch_size: int
+    group: int
+    devices: int
+    parts: int
+
+    @property
+    def device_batch(self):
+        """Examples of a part on one device."""
+        return self.batch_size // (self.parts * self.devices)
+
+    @property
+    def groups(self):
+        """Groups of a batch."""
+        return self.batch_size // self.group
+
+    def groups_on(self, part, device, mask=None):
+        """Return the BatchGroups of a part on a device."""
+        held = self.device_batch
+        places = (part * self.devices + device) * held + jnp.arange(held)
+        if held >= self.group:
+            return BatchGroups(size=None if held == self.group else self.group, mask=mask, places=places)
+        together = self.group // held
+        spans = tuple(tuple(range(first, first + together)) for first in range(0, self.devices, together))
+        return BatchGroups(spans=spans, mask=mask, places=places)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The steps of a pass over the data. Its last batch holds what is left, in equal shares for all groups.
+
+    As PyTorch's samplers do, a pass repeats a few examples so that all groups get the same number.
+
+    Attributes:
+      size: examples of the data.
+      plan: how each batch is divided.
+    """
+
+    size: int
+    plan: BatchPlan
+
+    @property
+    def padded(self):
+        """Examples of a pass, repeats included."""
+        return -(-self.size // self.plan.groups) * self.plan.groups
+
+    @property
+    def steps(self):
+        """Steps of a pass."""
+        return -(-self.padded // self.plan.batch_size)
+
+    @property
+    def left(self):
+        """Examples of the last step."""
+        return self.padded - (self.steps - 1) * self.plan.batch_size
+
+    @property
+    def share(self):
+        """Examples of the last step in each group."""
+        return self.left // self.plan.groups
+
+    def images(self, step):
+        """Return the examples of a step of the run, without padding."""
+        return self.left if (step + 1) % self.steps == 0 else self.plan.batch_size
+
+    def images_before(self, step):
+        """Return the examples of all steps before one of the run, without padding."""
+        return step // self.steps * self.padded + step % self.steps * self.plan.batch_size
+
+    def find(self, step, row):
+        """Locate a row of a step of the run.
+
+        Groups alternate, as the GPUs of PyTorch's samplers do, so that repeats of an image go to different groups.
+
+        Returns:
+          (epoch, place in it, whether the row is real, or None where all rows are).
+        """
+        epoch, number = divmod(step, self.steps)
+        full = self.images(step) == self.plan.batch_size
+        share = self.plan.group if full else self.share
+        group, slot = divmod(row, self.plan.group)
+        # Padding repeats images of its group: nothing depends on them, but mixing needs a next one.
+        place = number * self.plan.batch_size + slot % share * self.plan.groups + group
+        return epoch, place, None if full else slot < share
+
+
+def plan_batch(batch_size, group, devices, *, parts=0, most=None):
+    """Return the BatchPlan of a batch.
+
+    Args:
+      batch_size: examples of a step.
+      group: examples that share batch statistics; 0, or more than there are, means all of them.
+      devices: over all hosts.
+      parts: in which to take the batch; 0 means as few as keep a device's share at most `most`.
+      most: examples that a device should hold at a time; None sets no limit.
+    Raises:
+      InputError: groups and devices do not divide the batch.
+    """
+    group = min(group or batch_size, batch_size)
+    if batch_size % group:
+        raise InputError(f"batch_size is {batch_size}, but must be a multiple of bn_group_size, {group}")
+
+    def fits(parts):
+        held, rest = divmod(batch_size, parts * devices)
+        return held and not rest and (held % group == 0 or (group % held == 0 and devices % (group // held) == 0))
+
+    possible = [count for count in ([parts] if parts else range(1, batch_size + 1)) if fits(count)]
+    if not possible:
+        divisors = f"accumulate {parts} and the" if parts else "the"
+        raise InputError(
+            f"batch_size is {batch_size}, but must be a multiple of {divisors} {devices} devices, each of which takes "
+            f"whole groups of {group} (bn_group_size) or an equal share of one"
+        )
+    small = [count for count in possible if most is None or batch_size <= count * devices * most]
+    # Where groups set a limit, a device takes more than wanted rather than none.
+    return BatchPlan(batch_size, group, devices, small[0] if small else possible[-1])

@@ -1,0 +1,71 @@
+"""How commands parse their command lines."""
+
+import argparse
+import re
+
+from ..config import RENAMED
+from ..errors import InputError
+
+_flags: dict[str, str] = {}  # {argument: option} of the command that runs, such as {"data_dir": "--data-dir"}.
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser that reports misuse like any other invalid input."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.add_help:  # `console.run` looks for it before anything is parsed.
+            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args and with_current_names(args), namespace)
+        finally:
+            _flags.clear()
+            _flags.update(
+                (option.removeprefix("--").replace("-", "_"), option)
+                for action in self._actions
+                for option in action.option_strings
+            )
+
+
+def with_current_names(argv):
+    """Replace the values of --lowering that were renamed."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--lowering" and equals:
+            words[place] = f"{name}={RENAMED.get(value, value)}"
+        elif word == "--lowering" and place + 1 < len(words):
+            words[place + 1] = RENAMED.get(words[place + 1], words[place + 1])
+    return words
+
+
+def with_flags(text):
+    """Show the arguments that a message of the library has in backticks as options of the command."""
+    return re.sub(r"`(\w+)`", lambda found: _flags.get(found[1], found[1]), text)
+
+
+def positive_integer(text):
+    """Read a number from 1 up, for `type=`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def add_process_options(parser):
+    """Add the options by which the processes of a run on several hosts find each other."""
+    group = parser.add_argument_group(
+        "several hosts",
+        "Start the same command once on each host. On TPU pods, under Slurm and in indexed Kubernetes jobs the "
+        "processes find each other; elsewhere give all three of these.",
+    )
+    group.add_argument(
+        "--coordinator-address", metavar="HOST:PORT", help="where process 0 can be reached by all others"
+    )
+    group.add_argument("--num-processes", metavar="N", type=positive_integer, help="how many processes there are")
+    group.add_argument("--process-id", metavar="I", type=int, help="which of them this one is: 0 ... N - 1")

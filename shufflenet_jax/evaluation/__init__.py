@@ -1,0 +1,1 @@
+"""Evaluation: exact counts, predictions, comparisons and the report."""

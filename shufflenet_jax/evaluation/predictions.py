@@ -1,0 +1,63 @@
+"""Predictions of a network on a data set, and the files that keep them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import DAMAGED_ZIP, open_file, path_of
+
+
+class Predictions(NamedTuple):
+    """What a network predicts for each of N images, in the order of the data.
+
+    Attributes:
+      label: int (N,), or (N, K) where any of several labels is right, filled up with -1.
+      logits: float (N, num_classes); classes that do not compete have -inf.
+      name: str (N,), names of the images, or None where nobody needs them.
+    """
+
+    label: np.ndarray
+    logits: np.ndarray
+    name: np.ndarray | None = None
+
+
+def write_predictions(path, predictions):
+    """Write Predictions as an .npz file with `name`, `label` and `logits`."""
+    with open(path, "wb") as file:
+        np.savez(file, name=predictions.name, label=predictions.label, logits=predictions.logits)
+
+
+def read_predictions(path, *, named=True):
+    """Read the Predictions of a file that `write_predictions` wrote.
+
+    Args:
+      path: the file.
+      named: also read the names, which must be there.
+    Raises:
+      InputError: the file holds something else, or is damaged.
+    """
+    try:
+        with open_file(path_of(path)) as opened, np.load(opened) as file:
+            found = {key: file[key] for key in ("label", "logits", *(["name"] if named else []))}
+    # What NumPy and zipfile raise of damaged files; the last of shapes that no memory holds.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, *DAMAGED_ZIP, MemoryError) as error:
+        raise InputError(f"{path} holds no predictions of eval.py: {error}") from error
+    label, logits, name = found["label"], found["logits"], found.get("name")
+    if not (
+        all(isinstance(array, np.ndarray) for array in found.values())
+        and logits.ndim == 2
+        and 0 not in logits.shape
+        and np.issubdtype(logits.dtype, np.floating)
+        and np.isfinite(logits.max(1)).all()  # Classes that did not compete have -inf.
+        and label.ndim in (1, 2)
+        and label.shape[:1] == logits.shape[:1]
+        and 0 not in label.shape
+        and np.issubdtype(label.dtype, np.integer)
+        and label.reshape(len(logits), -1)[:, 0].min() >= 0
+        and label.min() >= -1
+        and label.max() < logits.shape[1]
+        and (name is None or (name.shape == logits.shape[:1] and np.issubdtype(name.dtype, np.str_)))
+    ):
+        raise InputError(f"{path} holds no predictions of eval.py: a name, a label and finite logits for each image")
+    return Predictions(label, logits, name)

@@ -1,0 +1,89 @@
+"""Whether an exported file computes what our network does, on real images."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..evaluation.ranking import label_ranks
+
+# A share of the largest output. float32 rounds 6e-8 an operation, some 50 layers deep: 1e-6 with trained weights, up to
+# 2e-5 with random ones, which amplify it; a wrong weight or operation shows in the second digit.
+TOLERANCE = 1e-4
+
+
+class Agreement(NamedTuple):
+    """How an exported file's outputs differ from ours."""
+
+    images: int
+    difference: float  # The largest of any output.
+    largest: float  # Output of ours.
+    agreeing: int  # Images for which both say the same first class.
+    ours: tuple  # (top-1, top-5) correct; (0, 0) without labels.
+    theirs: tuple
+
+    @property
+    def share(self):
+        return self.difference / (self.largest or 1.0)
+
+    @property
+    def passed(self):
+        return self.share <= TOLERANCE  # NaN is not.
+
+
+def measure_agreement(ours, theirs, batches):
+    """Run both on the same images.
+
+    Args:
+      ours, theirs: functions of uint8 images (B, H, W, C) to outputs (B, ...), both as NumPy arrays.
+      batches: {"images", "mask"} and, where accuracy is to be counted, "labels", as `data.pipeline.eval_batches` has
+        them.
+    Returns:
+      An Agreement.
+    """
+    images = agreeing = 0
+    difference = largest = 0.0
+    correct = np.zeros((2, 2), int)
+    for batch in batches:
+        real = batch["mask"] > 0
+        both = [np.asarray(function(batch["images"]), np.float64)[real] for function in (ours, theirs)]
+        with np.errstate(invalid="ignore"):  # Infinities differ by NaN, which np.maximum, unlike max, keeps.
+            difference = np.maximum(difference, np.abs(both[0] - both[1]).max())
+        largest = np.maximum(largest, np.abs(both[0]).max())
+        images += int(real.sum())
+        if "labels" in batch:
+            ranks = [np.asarray(label_ranks(outputs, batch["labels"][real])) for outputs in both]
+            correct += [[int((rank < most).sum()) for most in (1, 5)] for rank in ranks]
+            agreeing += int((both[0].argmax(1) == both[1].argmax(1)).sum())
+    return Agreement(images, float(difference), float(largest), agreeing, *map(tuple, correct.tolist()))
+
+
+def last(logits, features):
+    """What an export puts out: logits, or of backbones the last feature."""
+    return logits if logits is not None else features.get("pooled", features["stage4"])
+
+
+def nchw(images):
+    """(B, H, W, C) as (B, C, H, W)."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def nhwc(outputs):
+    """(B, C, H, W) as (B, H, W, C); what has no pixels stays as it is."""
+    return outputs.transpose(0, 2, 3, 1) if outputs.ndim == 4 else outputs
+
+
+def photographs(model, batch_size):
+    """Batches of parts of the two photographs inside scikit-learn, prepared for a Model: no labels."""
+    from sklearn.datasets import load_sample_images
+
+    crops = []
+    for picture in load_sample_images().images:
+        height, width = picture.shape[:2]
+        halves = [slice(None), slice(height // 2), slice(height // 2, None)]
+        crops += [model.preprocess(picture[rows, : width // 2 if rows.stop else None])[0] for rows in halves]
+    crops = np.stack(crops)
+    for start in range(0, len(crops), batch_size):
+        images = crops[start : start + batch_size]
+        mask = np.arange(batch_size) < len(images)
+        padding = np.zeros((batch_size - len(images), *crops.shape[1:]), np.uint8)
+        yield {"images": np.concatenate([images, padding]), "mask": mask.astype(np.float32)}

@@ -1,0 +1,87 @@
+"""The network's operations in several forms, and the choice between them.
+
+A lowering is a module with the functions of the `Lowering` protocol. It may keep its arrays in any axis order. All
+lowerings pad as PyTorch does and agree up to rounding: the tests compare each with `reference`.
+"""
+
+from typing import Protocol, cast
+
+import jax
+
+from ..batch_groups import BatchGroups
+from ..config import RENAMED
+from . import cpu, direct, reference
+
+
+class Convolutions(Protocol):
+    """What a trained network needs, on arrays (B, H, W, C)."""
+
+    def conv(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+        """Convolve without bias, padded by (size - 1) / 2 on every side; groups is 1 or the number of channels."""
+
+    def max_pool(self, x: jax.Array) -> jax.Array:
+        """Pool 3x3 windows with stride 2, padded by 1 with minus infinity."""
+
+
+class Lowering(Convolutions, Protocol):
+    """What training needs, on arrays in the lowering's own axis order."""
+
+    CHANNEL_AXIS: int
+
+    def from_nhwc(self, images: jax.Array) -> jax.Array:
+        """Bring images (B, H, W, C) into the lowering's axis order."""
+
+    def to_nhwc(self, x: jax.Array) -> jax.Array:
+        """Bring an array back to (B, H, W, C)."""
+
+    def batch_norm(
+        self,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array,
+        batch_groups: BatchGroups,
+        *,
+        epsilon: float,
+        relu: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalize by the statistics of each example's group; also return their mean and unbiased variance, (C,)."""
+
+    def normalize(
+        self,
+        x: jax.Array,
+        mean: jax.Array,
+        var: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array,
+        *,
+        epsilon: float,
+        relu: bool,
+    ) -> jax.Array:
+        """Normalize by given statistics, (C,) each."""
+
+    def global_mean(self, x: jax.Array) -> jax.Array:
+        """Return the mean over all pixels, (B, C)."""
+
+
+MODULES = {"cpu": cpu, "reference": reference}
+
+
+def resolve(name: str) -> Lowering:
+    """Return the lowering of a name; "auto" picks the fastest one for this backend.
+
+    Raises:
+      ValueError: no lowering has this name.
+    """
+    name = RENAMED.get(name, name)
+    if name not in ("auto", *MODULES):
+        raise ValueError(f"lowering is {name!r}, not one of auto, {', '.join(MODULES)}")
+    if name == "auto":
+        # On CPUs XLA runs grouped convolutions one group at a time: docs/faster.md has what "cpu" gains there. GPUs and
+        # TPUs have kernels for convolutions; nothing measured there speaks against those.
+        name = "cpu" if jax.default_backend() == "cpu" else "reference"
+    return cast(Lowering, MODULES[name])
+
+
+def for_inference(name: str) -> Convolutions:
+    """Return the convolutions of a deployed network (see deploy.py) for a lowering."""
+    return cast(Convolutions, direct if resolve(name) is cpu else reference)

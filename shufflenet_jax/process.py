@@ -1,0 +1,26 @@
+"""Settings of the process that commands choose and importing does not: the compilation cache, memory kept for reuse."""
+
+import ctypes
+import os
+import platform
+
+from .files import cache_dir
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # The names and numbers of malloc.h.
+
+
+def enable_compilation_cache():
+    """Let JAX keep compiled programs between processes; an explicit JAX_COMPILATION_CACHE_DIR wins."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+
+
+def keep_freed_memory():
+    """Let the C library reuse memory that a step has freed instead of returning it to the system.
+
+    XLA allocates what a step needs at each step, and fresh pages cost a fault each: a third of a training step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_ARENA_MAX, 1)  # The arenas of other threads hold no large pieces.
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

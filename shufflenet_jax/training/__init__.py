@@ -1,0 +1,1 @@
+"""Training: the loop, its step, and everything that a run keeps."""

@@ -1,0 +1,340 @@
+"""A training from its first step to its last, with evaluations, checkpoints and a log."""
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import checkpoint, parallel, plots, progress
+from ..batch_groups import Epoch
+from ..config import ModelInfo, TrainConfig
+from ..data.pipeline import eval_batches, train_batches
+from ..data.sources import open_source
+from ..errors import InputError
+from ..evaluation.counting import eval_step, evaluate
+from ..files import path_of
+from ..model import init_variables
+from . import workdir as workdirs
+from .finetuning import initial_variables
+from .interruption import Interruption
+from .logs import METRICS, Meter, MetricsLog, read_metrics
+from .optimizer import decay_table
+from .schedule import count_steps, make_schedule, peak_rate
+from .state import create_state
+from .step import train_step
+from .supervision import load_supervision
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation(NamedTuple):
+    """The figures of one evaluation during a run."""
+
+    step: int
+    epoch: float
+    loss: float
+    top1: float  # Percent.
+    top5: float  # Percent.
+
+
+class TrainResult(NamedTuple):
+    """What a run reached.
+
+    Attributes:
+      workdir: its folder, which is a checkpoint for every other command: the best one, else the latest.
+      step: the last step that is saved.
+      finished: False if a signal stopped the run; the same call continues it.
+      signal: the number of that signal, or None. Where several processes agreed to stop, it may be another's.
+      last: the last Evaluation, or None before the first one.
+      best: the Evaluation with the highest top-1, or None.
+    """
+
+    workdir: Path
+    step: int
+    finished: bool
+    signal: int | None
+    last: Evaluation | None
+    best: Evaluation | None
+
+
+def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
+    """Train a network in a workdir, or continue the training that it holds.
+
+    All processes of a run on several hosts call this together, inside `parallel.joined`.
+
+    Args:
+      config: the settings, such as `recipes.PRESETS["digits"]`.
+      workdir: folder of the run; it is made if there is none.
+    Returns:
+      What the run reached.
+    Raises:
+      InputError: the data, the settings or the workdir cannot be used, or the loss is no longer finite.
+    """
+    try:
+        with jax.enable_x64(config.dtype == "float64"):
+            return _train(config, path_of(workdir))
+    finally:
+        gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
+
+
+def _train(config, workdir):
+    train_source, eval_source = open_sources(config)
+    info = describe_model(config, train_source)
+    epoch = Epoch(len(train_source), parallel.plan_for_devices(config))
+    require_trainable(config, epoch)
+    parallel.require_same("settings", config)
+    parallel.require_same("data", (len(train_source), len(eval_source), info.num_classes, info.classes))
+    supervision = load_supervision(config, train_source, info)
+    settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial", "frozen")}
+    module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
+    begun = checkpoint.has_steps(workdir)
+    variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
+    total_steps = count_steps(config, epoch) + config.recalibrate
+
+    with (
+        Interruption() as interruption,
+        workdirs.claimed(workdir, config, info),
+        checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints,
+    ):
+        state, start = resume(checkpoints, create_state(module, config, epoch, variables))
+        logger.info("%s\n%s", describe_run(config, epoch), decay_table(state.params, config.decay, config.frozen))
+        batches = fed_batches(train_source, config, epoch, start, total_steps, stored=supervision.stored)
+        step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=supervision.teacher))
+        constants = parallel.replicate(supervision.constants)
+        with MetricsLog(workdir, last_step=start) if parallel.is_first() else nullcontext() as log:
+            run = Run(
+                config,
+                epoch,
+                step=lambda state, batch: step(state, batch, constants),
+                evaluate=make_evaluate(module, config, eval_source),
+                report=make_report(config, log, epoch),
+                checkpoints=checkpoints,
+                interruption=interruption,
+            )
+            stopped = take_steps(run, state, start, batches)
+    if stopped:
+        logger.info("stopped after step %s, which is saved; the same command continues the run", stopped)
+    else:
+        logger.info("checkpoints: %s", checkpoints.directory)
+    if not stopped and parallel.is_first():
+        logger.info("curves: %s", plots.plot_curves(workdir, title=f"{config.width}x on {config.data}"))
+        (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
+    return result_of(workdir, stopped or total_steps, finished=not stopped, signal=interruption.number)
+
+
+def result_of(workdir, step, *, finished, signal):
+    """Return the TrainResult of a run, with the evaluations of its log."""
+    rows = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
+    found = [Evaluation(*(row.get(name) for name in Evaluation._fields)) for row in rows if row["split"] == "eval"]
+    last, best = (found[-1], max(found, key=lambda evaluation: evaluation.top1)) if found else (None, None)
+    return TrainResult(workdir, step, finished, signal, last, best)
+
+
+class Run(NamedTuple):
+    """What the loop of a training works with."""
+
+    config: TrainConfig
+    epoch: Epoch
+    step: Callable  # (State, batch) -> (State, metrics).
+    evaluate: Callable  # Variables -> figures.
+    report: Callable  # (step, split, figures) -> None.
+    checkpoints: checkpoint.TrainingCheckpoints
+    interruption: Interruption
+
+
+def take_steps(run, state, start, batches):
+    """Takes the steps from `start` on; returns the one after which it had to stop, or None at the end."""
+    config, epoch, meter = run.config, run.epoch, Meter()
+    learned = count_steps(config, epoch)
+    last = learned + config.recalibrate
+    for step, batch in enumerate(batches, start=start + 1):
+        state, metrics = run.step(state, batch)
+        meter.add(step, metrics, epoch.images(step - 1))
+        evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, last)
+        stopping = parallel.all_stop(step, run.interruption.wanted) and step < last
+        # A checkpoint ends the current line of the log, so that a resumed run writes the same lines.
+        if step % config.log_every == 0 or evaluating or stopping:
+            run.report(step, "train", finite(meter, run.checkpoints))
+        figures = None
+        if evaluating:
+            figures = run.evaluate(state.variables)
+            run.report(step, "eval", figures)
+            if state.ema:
+                run.report(step, "eval_ema", run.evaluate(state.ema))
+            meter.restart()
+        if evaluating or stopping:
+            run.checkpoints.save(step, parallel.to_host(items_of(state)), figures)
+        if stopping:
+            return step
+    return None
+
+
+def open_sources(config):
+    train = open_source(config.data, config.train_split, data_dir=config.data_dir)
+    return train, open_source(
+        config.data,
+        config.eval_split,
+        data_dir=config.data_dir,
+        classes=train.classes,
+        num_classes=train.num_classes,
+    )
+
+
+def describe_model(config, source):
+    """The model.json of the network that a run trains."""
+    names = ("width", "layout", "small_stem", "in_chans", "dropout")
+    return ModelInfo(
+        **{name: getattr(config, name) for name in names},
+        num_classes=source.num_classes,
+        classes=source.classes,
+        preprocess=config.preprocess,
+        source={"config": dataclasses.asdict(config)},
+    )
+
+
+def items_of(state):
+    """What a checkpoint holds of a State."""
+    items = {checkpoint.VARIABLES: state.variables, checkpoint.OPTIMIZER: state.optimizer}
+    return items | {checkpoint.EMA: state.ema} if state.ema else items
+
+
+def resume(checkpoints, state):
+    """The state to go on from, on all devices, and how many steps it has behind it.
+
+    Damaged checkpoints are named and taken out of the way, once an older one is found whole.
+    """
+    damaged, found, step = {}, None, 0
+    for number in checkpoints.steps():
+        try:
+            found, step = checkpoints.restore(number, items_of(state)), number
+            break
+        except InputError as error:
+            damaged[number] = error
+    if damaged and not found:
+        raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
+    parallel.require_same("checkpoints", (step, *damaged))
+    for bad, reason in damaged.items():
+        place = checkpoints.set_aside(bad)
+        if parallel.is_first():
+            logger.warning("%s; it lies in %s now", reason, place)
+    if found:
+        averages = found.get(checkpoint.EMA)
+        state = state.replace(**found[checkpoint.VARIABLES], **found[checkpoint.OPTIMIZER], ema=averages)
+        logger.info("continuing after step %s", step)
+    return parallel.replicate(state), step
+
+
+def require_trainable(config, epoch):
+    """Raises InputError if the last batch of a pass is too small for batch statistics."""
+    last = -(-config.image_size // (8 if config.small_stem else 32))
+    if epoch.share * last**2 < 2:
+        raise InputError(
+            f"the last batch of an epoch leaves {epoch.share} image to each group of {epoch.plan.group}, too few for "
+            f"batch statistics at {config.image_size} pixels; change batch_size"
+        )
+
+
+def describe_run(config, epoch):
+    """What a run is going to do, in two lines."""
+    plan = epoch.plan
+    last = "" if epoch.left == plan.batch_size else f", the last with {epoch.left} images"
+    parts = f", in {plan.parts} parts" if plan.parts > 1 else ""
+    length = "epochs" if config.steps else f"{config.epochs} epochs"
+    further = f" and {config.recalibrate:,} for the running statistics" if config.recalibrate else ""
+    usual = f" ({config.learning_rate:g} for batches of {config.scale_lr_from})" if config.scale_lr_from else ""
+    return (
+        f"{epoch.size:,} images, {length} of {epoch.steps:,} steps{last}: {count_steps(config, epoch):,} steps"
+        f"{further}\nbatches of {plan.batch_size} on {plan.devices} device(s){parts}, batch statistics over "
+        f"{plan.group}; learning rate {peak_rate(config):g}{usual}, {config.schedule}"
+    )
+
+
+def finite(meter, checkpoints):
+    """What a Meter has gathered. Raises InputError once the loss or the gradient is no longer finite."""
+    try:
+        return meter.take()
+    except FloatingPointError as error:
+        saved = checkpoints.steps()
+        kept = (
+            f"the last good one is {checkpoints.directory / str(saved[0])}" if saved else "no checkpoint was saved yet"
+        )
+        raise InputError(
+            f"the loss or its gradient is not finite at step {error}; {kept}; lower learning_rate or look at the data"
+        ) from error
+
+
+def make_evaluate(module, config, source):
+    """A function from variables to the figures of the evaluation split."""
+    step = parallel.map_eval_step(partial(eval_step, module, config.preprocess))
+    fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.device_count()
+    batch_size = parallel.shared_equally(min(config.eval_batch_size, len(source), fitting))
+
+    def evaluate_state(variables):
+        batches = eval_batches(source, config.preprocess, batch_size=batch_size, **parallel.own_slice())
+        return evaluate(step, variables, batches)[0]
+
+    return evaluate_state
+
+
+def make_report(config, log, epoch):
+    """Return a function that logs a row of figures and reports evaluations; without a log it does nothing."""
+    learning_rate = make_schedule(config, epoch)
+
+    def report(step, split, figures):
+        if figures is None or log is None:
+            return
+        names = ("loss", "top1", "top5")
+        row = log.write(
+            step=step,
+            epoch=round(step / epoch.steps, 4),
+            split=split,
+            **{name: figures[name] for name in names},
+            lr=float(learning_rate(step - 1)),
+            images_per_second=figures.get("images_per_second"),
+            grad_norm=figures.get("grad_norm"),
+        )
+        if split != "train":
+            whose = " of the average" if split == "eval_ema" else ""
+            accuracy = f"top-1{whose} {row['top1']:.2f} %, loss {row['loss']:.4f}"
+            logger.info("step %s, epoch %.1f: %s", step, row["epoch"], accuracy)
+
+    return report
+
+
+def fed_batches(source, config, epoch, start, stop, *, stored=None):
+    """The batches of steps start .. stop - 1 on the devices, with a progress bar and a word about damaged images."""
+    which = {"start_step": start, "stop_step": stop, **parallel.own_slice()}
+    batches = train_batches(source, config, epoch.plan, **which, workers=config.workers, stored=stored)
+    fed = parallel.feed(without_damage(batches, config, len(source)), epoch.plan)
+    return shown(fed, epoch, start, stop)
+
+
+def without_damage(batches, config, examples):
+    """The batches as the devices take them; names each damaged image once, and stops when there are too many."""
+    found = set()
+    for batch in batches:
+        for reason in set(batch.pop("damaged")) - found - {""}:
+            found.add(reason)
+            logger.warning("%s; another one takes its place", reason)
+        if len(found) > max(1, config.max_damaged * examples):
+            raise InputError(
+                f"{len(found)} of {examples} training images are damaged, more than the share max_damaged allows "
+                f"({config.max_damaged}); repair the data or raise it"
+            )
+        yield batch
+
+
+def shown(batches, epoch, start, total_steps):
+    """The batches as they come, with a progress bar in images."""
+    done, total = map(epoch.images_before, (start, total_steps))
+    with progress.bar(total=total, initial=done, unit="image", description="training") as bar:
+        for step, batch in enumerate(batches, start=start):
+            yield batch
+            bar.update(epoch.images(step))

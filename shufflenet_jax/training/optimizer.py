@@ -1,0 +1,55 @@
+"""The update of the parameters: PyTorch's SGD, which adds L2 to the gradient before momentum."""
+
+import jax
+import optax
+
+from .schedule import make_schedule
+
+
+def make_optimizer(config, epoch):
+    """SGD with momentum and coupled L2, the way PyTorch computes them; clipping, where asked for, comes first."""
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(
+        *clip,
+        optax.add_decayed_weights(config.weight_decay, lambda params: decays(params, config.decay, config.frozen)),
+        optax.sgd(make_schedule(config, epoch), momentum=config.momentum, nesterov=config.nesterov),
+    )
+
+
+def decays(params, which="no_norm", frozen=()):
+    """A tree of booleans: whether L2 applies, by a TrainConfig's `decay` and `frozen`."""
+
+    def applies(path, leaf):
+        if is_frozen(path, frozen):
+            return False
+        if which == "matrices":
+            return leaf.ndim > 1
+        return which == "all" or all(entry.key != "bn" for entry in path)
+
+    return jax.tree.map_with_path(applies, params)
+
+
+def is_frozen(path, frozen):
+    """Whether the leaf at a path of the parameters belongs to a frozen layer or stage."""
+    return path[0].key.partition("_unit")[0] in frozen
+
+
+def decay_table(params, which, frozen=()):
+    """Which parameters decay, in lines: kind, tensors, numbers, and whether L2 applies; then what is frozen."""
+    kinds, still = {}, [0, 0]
+    flags = jax.tree.leaves(decays(params, which))
+    for (path, leaf), applies in zip(jax.tree.leaves_with_path(params), flags, strict=True):
+        if is_frozen(path, frozen):
+            still[0] += 1
+            still[1] += leaf.size
+            continue
+        *above, layer, name = (entry.key for entry in path)
+        depthwise = layer == "conv" and above[-1].endswith("_dw")
+        kind = f"{'depthwise ' if depthwise else ''}{layer}/{name}"
+        tensors, numbers, _ = kinds.get(kind, (0, 0, applies))
+        kinds[kind] = tensors + 1, numbers + leaf.size, applies
+    rows = [f"{'parameters':24}{'tensors':>8}{'numbers':>12}  weight decay"]
+    rows += [f"{kind:24}{n:8}{size:12,}  {'yes' if on else 'no'}" for kind, (n, size, on) in kinds.items()]
+    if frozen:
+        rows.append(f"{'frozen':24}{still[0]:8}{still[1]:12,}  {', '.join(frozen)}, with their statistics")
+    return "\n".join(rows)

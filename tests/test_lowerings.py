@@ -1,0 +1,182 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from shufflenet_jax import lowerings
+from shufflenet_jax.batch_groups import BatchGroups
+from shufflenet_jax.lowerings import cpu, direct, reference, shuffle
+
+SIZES = [(8, 8), (7, 9), (1, 5), (2, 1)]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_channel_shuffle_is_pytorchs():
+    x = normal(2, 3, 4, 12)
+    theirs = torch.nn.functional.channel_shuffle(torch.from_numpy(x.transpose(0, 3, 1, 2)), 2)
+    assert_allclose(shuffle.channel_shuffle(x), theirs.numpy().transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("split", [shuffle.channel_shuffle, shuffle.split_even_odd])
+def test_channels_are_shuffled_and_split_along_any_axis(split):
+    x = normal(2, 3, 4, 6)
+    by_last, by_first = split(x), split(x.transpose(3, 1, 2, 0), axis=0)
+    for last, first in zip(jax.tree.leaves(by_last), jax.tree.leaves(by_first), strict=True):
+        assert_allclose(first.transpose(3, 1, 2, 0), last)
+
+
+def test_even_and_odd_channels_put_back_together_are_the_input():
+    x = normal(1, 2, 2, 6)
+    even, odd = shuffle.split_even_odd(x)
+    assert_allclose(shuffle.channel_shuffle(np.concatenate([even, odd], -1)), x)
+
+
+def run(lower, operation, x, *weights):
+    """An operation in a lowering's axis order, from and to (B, H, W, C)."""
+
+    def whole(x, *weights):
+        return lower.to_nhwc(operation(lower, lower.from_nhwc(x), *weights))
+
+    return jax.vjp(whole, x, *weights)
+
+
+@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("kernel", "groups"), [((3, 3, 1, 6), 6), ((3, 3, 6, 4), 1), ((1, 1, 6, 4), 1)])
+def test_convolutions_and_their_gradients_are_pytorchs(x64, kernel, groups, size, stride, lower):
+    x, weights = normal(2, *size, 6), normal(*kernel, seed=1)
+    ours, pull = run(lower, lambda low, x, w: low.conv(x, w, stride=stride, groups=groups), x, weights)
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x.transpose(0, 3, 1, 2), weights.transpose(3, 2, 0, 1))]
+    theirs = torch.nn.functional.conv2d(*tensors, stride=stride, padding=(kernel[0] - 1) // 2, groups=groups)
+    # float64 sums of at most 54 products, in two orders.
+    assert_allclose(ours, theirs.detach().numpy().transpose(0, 2, 3, 1), atol=1e-12)
+
+    cotangent = normal(*ours.shape, seed=2)
+    theirs.backward(torch.from_numpy(cotangent.transpose(0, 3, 1, 2)))
+    dx, dw = pull(cotangent)
+    assert_allclose(dx, tensors[0].grad.numpy().transpose(0, 2, 3, 1), atol=1e-12)
+    assert_allclose(dw, tensors[1].grad.numpy().transpose(2, 3, 1, 0), atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("kernel", "groups"), [((3, 3, 1, 6), 6), ((3, 3, 6, 4), 1), ((1, 1, 6, 4), 1)])
+def test_operations_for_inference_are_those_of_the_reference(x64, kernel, groups, size, stride):
+    x, weights = normal(2, *size, 6), normal(*kernel, seed=1)
+    ours, theirs = (lower.conv(x, weights, stride=stride, groups=groups) for lower in (direct, reference))
+    assert_allclose(ours, theirs, atol=1e-12)  # As above.
+    assert_allclose(direct.max_pool(x - 5), reference.max_pool(x - 5))
+
+
+@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_and_its_gradients_are_pytorchs(x64, relu, lower):
+    x, scale, bias = normal(3, 5, 4, 6) + 2, normal(6, seed=1), normal(6, seed=2)
+    ours, pull = run(
+        lower,
+        lambda low, *a: low.batch_norm(*a, BatchGroups(), epsilon=1e-5, relu=relu)[0],
+        x,
+        scale,
+        bias,
+    )
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x.transpose(0, 3, 1, 2), scale, bias)]
+    theirs = torch.nn.functional.batch_norm(tensors[0], None, None, *tensors[1:], training=True)
+    theirs = theirs.relu() if relu else theirs
+    assert_allclose(ours, theirs.detach().numpy().transpose(0, 2, 3, 1), atol=1e-12)
+    cotangent = normal(*ours.shape, seed=3)
+    theirs.backward(torch.from_numpy(cotangent.transpose(0, 3, 1, 2)))
+    dx, *others = pull(cotangent)
+    # Differences of float64 sums over 60 values.
+    assert_allclose(dx, tensors[0].grad.numpy().transpose(0, 2, 3, 1), atol=1e-12)
+    for ours, tensor in zip(others, tensors[1:], strict=True):
+        assert_allclose(ours, tensor.grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("relu", [False, True])
+def test_groups_have_statistics_of_their_own_and_padding_has_no_part_in_them(x64, relu, lower):
+    """Two groups of four rows, of which three are real: as if each group's three had been alone."""
+    x, scale, bias = normal(8, 5, 4, 6) + 2, normal(6, seed=1), normal(6, seed=2)
+    real = np.tile(np.arange(4) < 3, 2)
+    cotangent = normal(8, 5, 4, 6, seed=3) * real[:, None, None, None]
+    split = BatchGroups(size=4, mask=np.float32(real))
+    found = {}
+
+    def together(low, *arrays):
+        y, *found["statistics"] = low.batch_norm(*arrays, split, epsilon=1e-5, relu=relu)
+        return y
+
+    ours, pull = run(lower, together, x, scale, bias)
+    statistics, gradients = found["statistics"], pull(cotangent)
+    alone = []
+    for group in (slice(0, 3), slice(4, 7)):
+
+        def one(low, *arrays):
+            y, *found["statistics"] = low.batch_norm(*arrays, BatchGroups(), epsilon=1e-5, relu=relu)
+            return y
+
+        theirs, pull = run(reference, one, x[group], scale, bias)
+        assert_allclose(ours[group], theirs, atol=1e-12)  # Sums of 60 values in another order.
+        alone.append((found["statistics"], pull(cotangent[group])))
+        assert_allclose(gradients[0][group], alone[-1][1][0], atol=1e-12)
+    for i in (0, 1):
+        assert_allclose(statistics[i], (alone[0][0][i] + alone[1][0][i]) / 2, atol=1e-12)
+        assert_allclose(gradients[i + 1], alone[0][1][i + 1] + alone[1][1][i + 1], atol=1e-11)
+    assert not np.asarray(gradients[0][~real]).any()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups"), [((3, 3, 1, 8), 1, 8), ((3, 3, 1, 8), 2, 8), ((1, 1, 8, 8), 1, 1)]
+)
+def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups):
+    x, weights = (jnp.asarray(a, jnp.bfloat16) for a in (normal(2, 9, 9, 8), normal(*kernel, seed=1)))
+    scale = jnp.linspace(0.5, 2, 8)
+
+    def layer(low, x, w):
+        return low.batch_norm(
+            low.conv(x, w, stride=stride, groups=groups),
+            scale,
+            0 * scale,
+            BatchGroups(),
+            epsilon=1e-5,
+            relu=True,
+        )[0]
+
+    (ours, pull_ours), (theirs, pull_theirs) = (run(lower, layer, x, weights) for lower in (cpu, reference))
+    assert ours.dtype == theirs.dtype == jnp.bfloat16
+    pairs = [(ours, theirs), *zip(pull_ours(ours), pull_theirs(ours), strict=True)]
+    for mine, exact in pairs:
+        mine, exact = np.float32(mine), np.float32(exact)
+        # bfloat16 keeps 8 bits; each layer rounds three times, and a few values that cancel show it most.
+        assert_allclose(mine, exact, atol=6 * 2**-8 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("size", SIZES)
+def test_max_pool_and_its_gradient_are_pytorchs_also_for_negative_values_and_ties(x64, size, lower):
+    # Few values, so that many windows hold their largest more than once; padding with zeros would win everywhere.
+    x = normal(2, *size, 3).round() - 5
+    ours, pull = run(lower, lambda low, x: low.max_pool(x), x)
+    tensor = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
+    theirs = torch.nn.functional.max_pool2d(tensor, 3, 2, 1)
+    assert_allclose(ours, theirs.detach().numpy().transpose(0, 2, 3, 1))
+    cotangent = normal(*ours.shape, seed=2)
+    theirs.backward(torch.from_numpy(cotangent.transpose(0, 3, 1, 2)))
+    assert_allclose(pull(cotangent)[0], tensor.grad.numpy().transpose(0, 2, 3, 1), atol=1e-15)
+
+
+def test_an_unknown_lowering_is_named():
+    with pytest.raises(ValueError, match="'fast'"):
+        lowerings.resolve("fast")
+
+
+@pytest.mark.parametrize("lower", [cpu, direct])
+def test_a_convolution_that_the_network_does_not_have_is_refused(lower):
+    with pytest.raises(ValueError, match="2 groups"):
+        lower.conv(np.ones((4, 4, 4, 1), np.float32), np.ones((3, 3, 2, 4), np.float32), groups=2)
