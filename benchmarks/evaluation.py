@@ -53,7 +53,7 @@ def main():
 def ours(checkpoint, data):
     from functools import partial
 
-    from shufflenet_jax import parallel, process
+    from shufflenet_jax import environment, parallel
     from shufflenet_jax.commands.evaluate import CPU_BATCH
     from shufflenet_jax.data.pipeline import eval_batches
     from shufflenet_jax.data.sources import open_source
@@ -61,8 +61,8 @@ def ours(checkpoint, data):
     from shufflenet_jax.evaluation.counting import eval_step, evaluate
     from shufflenet_jax.loading import load_model
 
-    process.enable_compilation_cache()  # As `console.run` does for every command.
-    process.keep_freed_memory()
+    environment.enable_compilation_cache()  # As `console.run` does for every command.
+    environment.keep_freed_memory()
     module, variables, info = load_model(checkpoint)
     source = open_source(data, classes=info.classes, num_classes=info.num_classes)
     deployed, weights = deploy(module, variables)

@@ -155,10 +155,10 @@ def child(kind, spec, home, seconds):
 
 
 def run_ours(spec, home, seconds):
-    from shufflenet_jax import process
+    from shufflenet_jax import environment
 
     settings = json.loads(spec)
-    process.keep_freed_memory()  # As all commands do.
+    environment.keep_freed_memory()  # As all commands do.
     return rate_of((BATCH for _ in our_batches(settings, home)), seconds, warm=4 + 4 * settings["workers"])
 
 

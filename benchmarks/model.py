@@ -220,11 +220,11 @@ def converted(width, dtype, *, reference):
     """(module, variables): the same network in JAX."""
     import jax.numpy as jnp
 
-    from shufflenet_jax import process
+    from shufflenet_jax import environment
     from shufflenet_jax.porting import dialects
 
-    process.enable_compilation_cache()  # As all commands do.
-    process.keep_freed_memory()
+    environment.enable_compilation_cache()  # As all commands do.
+    environment.keep_freed_memory()
     rules = dialects.DIALECTS["torchvision"]
     tensors = {key: tensor.numpy() for key, tensor in network(width).state_dict().items()}
     module = dialects.module_for(tensors, rules)

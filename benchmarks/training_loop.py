@@ -40,10 +40,10 @@ def main():
 
     from model import machine
 
-    from shufflenet_jax import process
+    from shufflenet_jax import environment
 
-    process.enable_compilation_cache()
-    process.keep_freed_memory()
+    environment.enable_compilation_cache()
+    environment.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         config, source = small_images(options, Path(folder))
         skipped = 0 if options.first_pass else len(source) // config.batch_size + 1

@@ -10,8 +10,8 @@ import warnings
 from tqdm import tqdm
 
 from .. import progress
+from ..environment import enable_compilation_cache, keep_freed_memory
 from ..errors import InputError
-from ..process import enable_compilation_cache, keep_freed_memory
 from .parsing import with_flags
 
 _debug = False

@@ -223,7 +223,7 @@ def parse(argv):
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     told = (
-        "tfds:NAME, a folder of images, a zip of one, or digits: see docs/data.md (default, for a published name: ImageNet's "
+        "tfds:NAME, a folder or a zip of images, or digits: see docs/data.md (default for a published name: ImageNet's "
         "validation images, expecting the published figures)"
     )
     parser.add_argument("--data", help=told)
