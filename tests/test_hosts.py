@@ -111,7 +111,7 @@ def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with
     assert 16 < stopped < LAST and f"stopped after step {stopped}, which is saved" in told
 
     ((status, _, told),) = end([start(tmp_path / "run", devices=1)])
-    assert status == 0 and f"going on after step {stopped}" in told and "on 1 device(s)" in told
+    assert status == 0 and f"continuing after step {stopped}" in told and "on 1 device(s)" in told
     assert_same_run(tmp_path / "run", alone)
 
 
@@ -125,9 +125,9 @@ def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, 
     (status, _, told), (killed, _, _) = end(start_two(workdir, at=((), ("--at", "10", "SIGKILL"))))
     assert killed == -signal.SIGKILL and status not in (0, killed) and time.monotonic() - began < 120
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "going on after step 7" in told and len(errors) == 1 and "its output says why" in errors[0]
+    assert "continuing after step 7" in told and len(errors) == 1 and "its output says why" in errors[0]
     status, _, told = call(train.main, *RUN, "--workdir", workdir)
-    assert status == 0 and "going on after step 7" in told
+    assert status == 0 and "continuing after step 7" in told
     assert_same_run(workdir, alone)
 
 

@@ -27,8 +27,9 @@ from small_training import few_units
 import shufflenet_jax as snet
 from shufflenet_jax import plots
 from shufflenet_jax.commands import from_torch, predict, prepare, verify
-from shufflenet_jax.config import PRESETS, TORCHVISION_EVAL
+from shufflenet_jax.config import TORCHVISION_EVAL
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.recipes import PRESETS
 
 # Fails with an assertion: any other exception is a mistake in the test, or another fault.
 fault = partial(pytest.mark.xfail, strict=True, raises=AssertionError)

@@ -153,14 +153,14 @@ def test_a_network_learns_from_a_teacher_with_weighted_classes_and_recalibrates(
 def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(trained, tmp_path, call, refused):
     argv = (*SMALL, "--init-from", trained, "--freeze", "backbone", "--steps", 1, "--workdir", tmp_path / "run")
     status, _, told = call(train.main, *argv)
-    assert status == 0 and "begins with 102 of 102 tensors" in told and "made anew" not in told
+    assert status == 0 and "begins with 102 of 102 tensors" in told and "reinitialized" not in told
     assert "conv1, stage2, stage3, stage4, conv5, with their statistics" in told
     (_, before, _), (_, after, _) = load_model(trained), load_model(tmp_path / "run")
     for tree in before, after:
         assert tree["params"].pop("fc")
     jax.tree.map(assert_array_equal, after, before)
     status, _, told = call(train.main, *argv)
-    assert status == 0 and "going on after step 1" in told and "begins with" not in told
+    assert status == 0 and "continuing after step 1" in told and "begins with" not in told
 
     cases = {
         ("--width", 1.0, "--init-from", trained): "has width 0.5",
@@ -172,15 +172,15 @@ def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(train
         assert not (tmp_path / "other").exists()
 
 
-def test_other_classes_make_the_classifier_anew(ten_classes, capfd):
+def test_other_classes_reinitialize_the_classifier(ten_classes, caplog):
     model, _ = ten_classes
     module, stored, info = load_model(model)
     config = TrainConfig(data="x", width=0.5, init_from=str(model), preprocessing="megvii")
+    caplog.set_level(logging.INFO, "shufflenet_jax")
     found = initial_variables(
         module.clone(num_classes=3), config, dataclasses.replace(info, num_classes=3, classes=None)
     )
-    told = capfd.readouterr().err
-    assert "made anew: fc" in told and "normalised in another way" in told
+    assert "reinitialized: fc" in caplog.text and "normalized in another way" in caplog.text
     assert found["params"].pop("fc")["kernel"].shape == (1024, 3) and stored["params"].pop("fc")
     jax.tree.map(assert_array_equal, found, stored)
 
@@ -258,13 +258,13 @@ def test_a_stopped_run_saves_and_the_same_command_goes_on_to_the_same_numbers(tr
     damage(workdir / "checkpoints/46")
     monkeypatch.setattr(loop, "shown", interrupted(loop.shown, 29, signal.SIGTERM))
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
-    assert status == 0 and "checkpoints/46/variables is damaged" in stderr and "going on after step 23" in stderr
+    assert status == 0 and "checkpoints/46/variables is damaged" in stderr and "continuing after step 23" in stderr
     assert "stopped after step 30, which is saved" in stderr and (workdir / "damaged-46").is_dir()
     assert not (workdir / "finished").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     status, _, stderr = call(train.main, *TINY, "--workdir", workdir)
-    assert status == 0 and "going on after step 30" in stderr
+    assert status == 0 and "continuing after step 30" in stderr
     for ours, theirs in zip(*map(jax.tree.leaves, (state_of(workdir, 46), state_of(trained, 46))), strict=True):
         assert_array_equal(ours, theirs)
 
@@ -389,13 +389,13 @@ def test_groups_that_do_not_divide_a_batch_are_refused(tmp_path, refused):
     assert "whole groups of 32" in refused(train.main, *argv)
 
 
-def test_training_names_a_damaged_image_once_and_stops_at_too_many(capfd):
+def test_training_names_a_damaged_image_once_and_stops_at_too_many(caplog):
     config = TrainConfig(data="x", max_damaged=0.05)
     batches = [{"labels": 1, "damaged": np.array(["", name])} for name in ("a is cut", "a is cut", "", "b is cut")]
     passed = loop.without_damage(batches, config, examples=40)
     assert list(passed) == [{"labels": 1}] * 4
-    told = capfd.readouterr().err
-    assert told.count("a is cut") == 1 and "warning: b is cut; another one takes its place" in told
+    assert caplog.text.count("a is cut") == 1
+    assert caplog.messages[-1] == "b is cut; another one takes its place" and caplog.records[-1].levelname == "WARNING"
     batches = [{"labels": 1, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
     with pytest.raises(InputError, match="3 of 40 training images are damaged"):
         list(loop.without_damage(batches, config, examples=40))
