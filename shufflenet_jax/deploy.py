@@ -15,6 +15,8 @@ from .architecture import UNITS
 from .lowerings import reference
 from .model import EPSILON, ShuffleNetV2
 
+# For CPUs: no fusions for YNNPACK, which take over nearly all matrix products (docs/faster.md).
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 VECTOR = 16  # Numbers that a CPU computes at once; products whose outputs are whole vectors take up to a quarter less.
 
 
@@ -67,6 +69,28 @@ class Deployed:
             return None, features
         logits = x @ params["fc"]["kernel"].astype(stored)
         return logits + params["fc"]["bias"][None] if "bias" in params["fc"] else logits, features
+
+
+def compiled(function, options=CPU_OPTIONS):
+    """`jax.jit` of a function of (weights, images) that runs a deployed network, with XLA's options for it on CPUs.
+
+    Where XLA does not know the options, and in a program of the caller's own, which has its own, it goes without.
+    """
+    plain, optimised = jax.jit(function), jax.jit(function, compiler_options=options)
+    known = jax.default_backend() == "cpu"
+
+    def call(weights, images):
+        nonlocal known
+        if known and not isinstance(images, jax.core.Tracer):
+            try:
+                return optimised(weights, images)
+            except jax.errors.JaxRuntimeError as error:
+                if not any(name in str(error) for name in options):
+                    raise
+                known = False
+        return plain(weights, images)
+
+    return call
 
 
 def deploy(module, variables):

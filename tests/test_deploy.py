@@ -6,7 +6,7 @@ from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose, assert_array_equal
 from small_training import few_units
 
-from shufflenet_jax.deploy import deploy, plan
+from shufflenet_jax.deploy import CPU_OPTIONS, compiled, deploy, plan
 from shufflenet_jax.lowerings import shuffle
 from shufflenet_jax.model import ShuffleNetV2, init_variables
 
@@ -95,3 +95,29 @@ def test_bfloat16_runs_and_stays_close():
     assert logits.dtype == jnp.float32 and features["stage2"].dtype == jnp.bfloat16
     difference = np.sqrt(np.mean((np.float32(features["stage2"]) - expected) ** 2) / np.mean(np.square(expected)))
     assert difference < 0.05  # Some 15 roundings to 8 bits deep: a few percent of the typical value.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [CPU_OPTIONS, {"xla_cpu_no_such_option": ""}, dict.fromkeys(CPU_OPTIONS, "no such value")],
+    ids=["known", "unknown option", "unknown value"],
+)
+def test_compiler_options_change_no_numbers_and_are_left_out_where_xla_does_not_know_them(options):
+    with few_units():
+        module, variables = convert_network(lively_network("torchvision"), "torchvision")
+        deployed, weights = deploy(module, variables)
+        images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+        def logits(weights, images):
+            return deployed.apply(weights, images)[0]
+
+        expected, call = jax.jit(logits)(weights, images), compiled(logits, options)
+        for _ in range(2):
+            assert_allclose(call(weights, images), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_compiled_function_is_part_of_other_programs_too():
+    call, images = compiled(lambda weights, images: weights * images.sum()), np.ones(3, np.float32)
+    assert call(2, images) == jax.jit(call)(2, images) == jax.jit(lambda: call(2, jnp.asarray(images)))() == 6
+    assert_array_equal(jax.grad(call, argnums=1)(2.0, images), [2, 2, 2])
+    assert_array_equal(jax.vmap(call, (None, 0))(2, images), [2, 2, 2])
