@@ -4,8 +4,9 @@
 
 PyTorch and ONNX Runtime are among the project's requirements; `pip install openvino` adds the last, and what is not
 installed is left out with a note. ONNX Runtime and OpenVINO run what our own `export` writes. Every contender runs in a
-process of its own, all of them in turn, several times; medians and ratios go to stdout as a table. On a GPU: `--dtype
-bfloat16 --inference 256 1024 --training 256 1024`.
+process of its own, all of them in turn, several times; the medians of times and of each round's ratios go to stdout as
+a table. OpenVINO would choose bfloat16 by itself where the CPU has it: it is told to compute in float32, and has a row
+for bfloat16. On a GPU: `--dtype bfloat16 --inference 256 1024 --training 256 1024`.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+WITH_FUSIONS = "ours, YNNPACK fusions"  # The network of "ours" without the compiler options that deploy.py chooses.
 INFERENCE = {  # contender: the module that it needs
     "ours": "jax",
+    WITH_FUSIONS: "jax",
     "ours, reference lowering": "jax",
     "PyTorch": "torch",
     "PyTorch, channels last": "torch",
@@ -34,14 +37,15 @@ INFERENCE = {  # contender: the module that it needs
     "ONNX Runtime": "onnxruntime",
     "ONNX Runtime, int8": "onnxruntime",
     "OpenVINO": "openvino",
+    "OpenVINO, bfloat16": "openvino",
 }
-TRAINING = [name for name, module in INFERENCE.items() if module in ("jax", "torch")]
+TRAINING = [name for name, module in INFERENCE.items() if module in ("jax", "torch") and name != WITH_FUSIONS]
 COMPILED = ("torch.compile", "torch.compile, channels last")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inference", type=int, nargs="*", default=[1, 32, 128], help="batch sizes (%(default)s)")
+    parser.add_argument("--inference", type=int, nargs="*", default=[1, 8, 32, 128], help="batch sizes (%(default)s)")
     parser.add_argument("--training", type=int, nargs="*", default=[32, 64], help="batch sizes (%(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender (default: %(default)s)")
@@ -75,17 +79,30 @@ def main():
 
 def measure(wanted, rounds, common):
     """{(kind, contender, batch): a list of what `child` returns}, all in turn, as often as there are rounds."""
+    reasons = {name: reason for name in dict.fromkeys(name for _, name, _ in wanted) if (reason := why_not(name))}
+    for name, reason in reasons.items():
+        print(f"note: {name} is left out: {reason}", file=sys.stderr)
     found = {}
     for number in range(rounds):
         for kind, name, batch in wanted:
-            if importlib.util.find_spec(INFERENCE[name]) is None:
-                if not number:
-                    print(f"note: {name} is left out: {INFERENCE[name]} is not installed", file=sys.stderr)
+            if name in reasons:
                 continue
             print(f"round {number + 1} of {rounds}: {kind}, batch {batch}, {name}", file=sys.stderr)
             spec = {"kind": kind, "name": name, "batch": batch, **common}
             found.setdefault((kind, name, batch), []).append(run_child(spec))
     return found
+
+
+def why_not(name):
+    """Why a contender cannot run here, or None."""
+    if importlib.util.find_spec(INFERENCE[name]) is None:
+        return f"{INFERENCE[name]} is not installed"
+    if name == "OpenVINO, bfloat16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return "this CPU does not compute in bfloat16"
+    return None
 
 
 def run_child(spec):
@@ -96,7 +113,7 @@ def run_child(spec):
 
 
 def show(found):
-    medians = {key: statistics.median(run["milliseconds"] for run in runs) for key, runs in found.items()}
+    times = {key: [run["milliseconds"] for run in runs] for key, runs in found.items()}
     for kind in ("inference", "training"):
         batches = sorted({batch for k, _, batch in found if k == kind})
         if not batches:
@@ -108,8 +125,9 @@ def show(found):
         for name in dict.fromkeys(n for k, n, _ in found if k == kind):
             row = f"| {name} |"
             for batch in batches:
-                time_, ours = medians[kind, name, batch], medians.get((kind, "ours", batch))
-                row += f" {time_:.1f} | " + (f"{ours / time_:.2f} |" if ours else "|")
+                theirs, ours = times[kind, name, batch], times.get((kind, "ours", batch))
+                ratios = [a / b for a, b in zip(ours, theirs, strict=True)] if ours else []
+                row += f" {statistics.median(theirs):.1f} | " + (f"{statistics.median(ratios):.2f} |" if ours else "|")
             if last:
                 row += f" {statistics.median(run['memory'] for run in found[kind, name, batches[0]]):.0f} |"
             print(row)
@@ -236,15 +254,16 @@ def jax_inference(name, batch, dtype, resolution, width, _):
     import jax
     import numpy as np
 
-    from shufflenet_jax.deploy import deploy
+    from shufflenet_jax.deploy import compiled, deploy
 
-    reference = name != "ours"
+    reference = name not in ("ours", WITH_FUSIONS)
     network, weights = converted(width, dtype, reference=reference)
     if not reference:
         network, weights = deploy(network, weights)
     weights = jax.device_put(weights)
     images = jax.device_put(np.random.default_rng(0).normal(size=(batch, resolution, resolution, 3)).astype("f4"))
-    apply = jax.jit(lambda weights, images: network.apply(weights, images)[0])
+    jit = compiled if name == "ours" else jax.jit
+    apply = jit(lambda weights, images: network.apply(weights, images)[0])
     return lambda: jax.block_until_ready(apply(weights, images))
 
 
@@ -362,7 +381,9 @@ def openvino_inference(name, batch, dtype, resolution, width, folder):
     import numpy as np
     import openvino
 
-    compiled = openvino.compile_model(openvino.convert_model(onnx_file(resolution, width, folder)), "CPU")
+    precision = "bf16" if name.endswith("bfloat16") else "f32"
+    network = openvino.convert_model(onnx_file(resolution, width, folder))
+    compiled = openvino.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     images = np.random.default_rng(0).normal(size=(batch, 3, resolution, resolution)).astype("f4")
     return lambda: compiled(images)
 
