@@ -254,7 +254,7 @@ def jax_inference(name, batch, dtype, resolution, width, _):
     import jax
     import numpy as np
 
-    from shufflenet_jax.deploy import compiled, deploy
+    from shufflenet_jax.deploy import compile_deployed, deploy
 
     reference = name not in ("ours", WITH_FUSIONS)
     network, weights = converted(width, dtype, reference=reference)
@@ -385,7 +385,7 @@ def openvino_inference(name, batch, dtype, resolution, width, folder):
     network = openvino.convert_model(onnx_file(resolution, width, folder))
     compiled = openvino.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     images = np.random.default_rng(0).normal(size=(batch, 3, resolution, resolution)).astype("f4")
-    return lambda: compiled(images)
+    return lambda: compile_deployed(images)
 
 
 if __name__ == "__main__":

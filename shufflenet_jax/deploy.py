@@ -71,19 +71,19 @@ class Deployed:
         return logits + params["fc"]["bias"][None] if "bias" in params["fc"] else logits, features
 
 
-def compiled(function, options=CPU_OPTIONS):
-    """`jax.jit` of a function of (weights, images) that runs a deployed network, with XLA's options for it on CPUs.
+def compile_deployed(function, options=CPU_OPTIONS):
+    """Compile a function of (weights, images) that runs a deployed network, with XLA's options for it on CPUs.
 
-    Where XLA does not know the options, and in a program of the caller's own, which has its own, it goes without.
+    It does without the options where XLA does not know them, and inside a program of the caller, which has its own.
     """
-    plain, optimised = jax.jit(function), jax.jit(function, compiler_options=options)
+    plain, optimized = jax.jit(function), jax.jit(function, compiler_options=options)
     known = jax.default_backend() == "cpu"
 
     def call(weights, images):
         nonlocal known
         if known and not isinstance(images, jax.core.Tracer):
             try:
-                return optimised(weights, images)
+                return optimized(weights, images)
             except jax.errors.JaxRuntimeError as error:
                 if not any(name in str(error) for name in options):
                     raise

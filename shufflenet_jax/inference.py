@@ -13,7 +13,7 @@ from .checkpoint import module_of
 from .config import ModelInfo, Preprocess
 from .data import geometry
 from .data.labels import class_name, imagenet_classes
-from .deploy import compiled, deploy
+from .deploy import compile_deployed, deploy
 from .errors import InputError
 from .files import path_of, read_file
 from .forward import forward
@@ -87,7 +87,7 @@ class Model:
 
     @cached_property
     def _apply(self):
-        return compiled(partial(forward, self.deployed[0], self.info.preprocess))
+        return compile_deployed(partial(forward, self.deployed[0], self.info.preprocess))
 
 
 def _content(image):

@@ -6,7 +6,7 @@ from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose, assert_array_equal
 from small_training import few_units
 
-from shufflenet_jax.deploy import CPU_OPTIONS, compiled, deploy, plan
+from shufflenet_jax.deploy import CPU_OPTIONS, compile_deployed, deploy, plan
 from shufflenet_jax.lowerings import shuffle
 from shufflenet_jax.model import ShuffleNetV2, init_variables
 
@@ -111,13 +111,13 @@ def test_compiler_options_change_no_numbers_and_are_left_out_where_xla_does_not_
         def logits(weights, images):
             return deployed.apply(weights, images)[0]
 
-        expected, call = jax.jit(logits)(weights, images), compiled(logits, options)
+        expected, call = jax.jit(logits)(weights, images), compile_deployed(logits, options)
         for _ in range(2):
             assert_allclose(call(weights, images), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_compiled_function_is_part_of_other_programs_too():
-    call, images = compiled(lambda weights, images: weights * images.sum()), np.ones(3, np.float32)
+    call, images = compile_deployed(lambda weights, images: weights * images.sum()), np.ones(3, np.float32)
     assert call(2, images) == jax.jit(call)(2, images) == jax.jit(lambda: call(2, jnp.asarray(images)))() == 6
     assert_array_equal(jax.grad(call, argnums=1)(2.0, images), [2, 2, 2])
     assert_array_equal(jax.vmap(call, (None, 0))(2, images), [2, 2, 2])
