@@ -62,6 +62,18 @@ class Model:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
         return class_name(self.info.classes, label)
 
+    def class_activation_map(self, conv5: np.ndarray, label: int) -> np.ndarray:
+        """Show where a class is seen (Zhou et al., CVPR 2016): what each place of the last features adds to its logit.
+
+        Args:
+          conv5: features (h, w, C) of an image.
+          label: the class.
+        Returns:
+          (h, w), from 0, nothing, to 1, most.
+        """
+        seen = np.maximum(conv5 @ self.variables["params"]["fc"]["kernel"][:, label], 0)
+        return seen / max(seen.max(), 1e-12)
+
     def outputs(self, images: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(logits, features) of images as above, both at once; a backbone's logits are None."""
         takes = (
@@ -209,17 +221,3 @@ def inference_model(model: Model | str | Path, image: Any) -> dict[str, Any]:
         "pred_score": float(scores[label]),
         "pred_scores": scores,
     }
-
-
-def class_activation_map(model: Model, conv5: np.ndarray, label: int) -> np.ndarray:
-    """Where a class is seen (Zhou et al., CVPR 2016): what each place of the last features adds to its logit.
-
-    Args:
-      model: a Model with a classifier.
-      conv5: features (h, w, C) of an image.
-      label: the class.
-    Returns:
-      (h, w), from 0, nothing, to 1, most.
-    """
-    seen = np.maximum(conv5 @ model.variables["params"]["fc"]["kernel"][:, label], 0)
-    return seen / max(seen.max(), 1e-12)

@@ -1,69 +1,13 @@
-"""Pictures of a training run and of what a model sees."""
+"""Pictures of images as a network sees them."""
 
 import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .errors import InputError
 from .files import printable, written_aside
-from .training.logs import METRICS, read_metrics
 
-PANELS = {  # figure: (label, scale, splits that have it)
-    "loss": ("loss", "log", ("train", "eval", "eval_ema")),
-    "top1": ("top-1 accuracy (%)", "linear", ("train", "eval", "eval_ema")),
-    "lr": ("learning rate", "linear", ("train",)),
-}
 MOST_BARS = 8  # Beside an image.
-STYLES = {
-    "train": {"color": "tab:blue"},
-    "eval": {"color": "tab:orange", "marker": "o"},
-    "eval_ema": {"color": "tab:green", "marker": "s"},
-}
-
-
-def plot_curves(workdir, *, title=None):
-    """Draws loss, accuracy and learning rate over the epochs of workdir/metrics.jsonl into workdir/curves.png.
-
-    Raises:
-      InputError: there is nothing to draw.
-    """
-    rows = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
-    if not any(row.get(name) is not None and row["split"] in STYLES for row in rows for name in PANELS):
-        raise InputError(f"{workdir} holds no {METRICS} with figures; give the workdir of a training")
-    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
-    for axes, (name, (label, scale, splits)) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for split in splits:
-            drawn = [row for row in rows if row["split"] == split and row.get(name) is not None]
-            points = [(row["epoch"], row[name]) for row in drawn]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=split, markersize=3, linewidth=1.2, **STYLES[split])
-        # A loss that is always zero, as of a single class, has no place on a logarithmic axis.
-        positive = any(max(line.get_ydata()) > 0 for line in axes.lines)
-        _over_epochs(axes, ylabel=label, yscale=scale if positive else "linear")
-    if figure.axes[0].lines:
-        figure.axes[0].legend(frameon=False)
-    figure.suptitle(title or workdir.name, parse_math=False)
-    target = workdir / "curves.png"
-    with written_aside(target) as draft:
-        figure.savefig(draft)
-    return target
-
-
-def plot_schedule(epochs, rates, target):
-    """Draws the learning rate over the epochs into a PNG file."""
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(epochs, rates, linewidth=1.2)
-    _over_epochs(axes, ylabel="learning rate")
-    with written_aside(target) as draft:
-        figure.savefig(draft, format="png")
-
-
-def _over_epochs(axes, **settings):
-    axes.set(xlabel="epoch", **settings)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_batch(batch, titles, target):

@@ -19,7 +19,7 @@ from shufflenet_jax.config import MEGVII_EVAL, TORCHVISION_EVAL_LARGE
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.evaluation.predictions import Predictions
 from shufflenet_jax.evaluation.report import in_words, make_report, summarise
-from shufflenet_jax.inference import Model, class_activation_map
+from shufflenet_jax.inference import Model
 from shufflenet_jax.loading import load_model
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -279,7 +279,7 @@ def test_pictures_show_the_image_and_where_the_class_that_it_is_taken_for_is_see
         assert np.abs(from_url(plain) - as_jpeg(image)).mean() < 0.1
         off = []
         for number in (predicted, label):
-            seen = Image.fromarray(np.uint8(255 * class_activation_map(model, conv5, number)))
+            seen = Image.fromarray(np.uint8(255 * model.class_activation_map(conv5, number)))
             seen = np.asarray(seen.resize((168, 168), Image.Resampling.BICUBIC)) / 255
             alpha = 0.15 + 0.5 * seen[..., None]
             mixed = image * (1 - alpha) + 255 * colormaps["inferno"](seen)[..., :3] * alpha

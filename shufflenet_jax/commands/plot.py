@@ -1,7 +1,7 @@
 """`python -m shufflenet_jax plot`: draws the curves of a training, finished or not."""
 
 from ..files import path_of
-from ..plots import plot_curves
+from ..training.curves import plot_curves
 from .parsing import CommandLine
 
 DESCRIPTION = "Draw loss, accuracy and learning rate of a training into its folder."

@@ -17,7 +17,7 @@ from ..data.sources import IMAGE_SUFFIXES
 from ..data.workers import usable_cores
 from ..errors import InputError
 from ..files import printable, written_aside
-from ..inference import class_activation_map, get_model
+from ..inference import get_model
 from ..published import CARD, UNREACHED, fetch, reason_of
 from .console import libraries_silent, report_error
 from .parsing import CommandLine, positive_integer
@@ -55,7 +55,7 @@ def main(argv):
             row = prediction_of(model, name, logits, options.topk)
             print(json.dumps(row) if options.json else as_text(row))
             if options.save_picture and len(drawn) < MOST_DRAWN:
-                cam = class_activation_map(model, feature, row["pred_label"]) if options.cam else None
+                cam = model.class_activation_map(feature, row["pred_label"]) if options.cam else None
                 drawn.append((crop, row, cam))
         if target and failed == len(names):
             raise InputError(f"nothing is left to write to {target}: no image could be read")

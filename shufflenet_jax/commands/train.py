@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import simple_parsing
 
-from .. import parallel, plots
+from .. import parallel
 from ..batch_groups import Epoch
 from ..config import TrainConfig
 from ..data.sources import KNOWN_SIZES, open_source
 from ..errors import InputError
 from ..recipes import PRESETS
+from ..training.curves import plot_schedule
 from ..training.loop import describe_run, train
 from ..training.schedule import count_steps, count_warmup, make_schedule, peak_rate
 from .console import speak_as
@@ -92,6 +93,6 @@ def print_schedule(config, picture):
         print(f"{step:10,}{step / epoch.steps:9.2f}{rate:15.6g}  {bar}".rstrip())
     if picture is not True:
         every = np.unique(np.linspace(0, total - 1, 2000).astype(int))
-        plots.plot_schedule(every / epoch.steps, schedule(every), Path(picture))
+        plot_schedule(every / epoch.steps, schedule(every), Path(picture))
         print(f"picture: {picture}")
     return 0

@@ -13,7 +13,6 @@ from scipy.special import logsumexp
 from scipy.stats import binomtest, norm
 
 from ..data.labels import class_name
-from ..inference import class_activation_map
 from .ranking import likeliest
 
 BINS = 15  # Of confidence, as Guo et al. (ICML 2017) have them.
@@ -180,7 +179,7 @@ def pictures(model, source, mistake):
     crop = model.preprocess(example.image, name=example.name)
     conv5 = np.asarray(model.extract_feat(crop)["conv5"])[0]
     plain = Image.fromarray(crop[0].squeeze()).convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    seen = Image.fromarray(np.uint8(255 * class_activation_map(model, conv5, mistake.predicted)))
+    seen = Image.fromarray(np.uint8(255 * model.class_activation_map(conv5, mistake.predicted)))
     seen = np.asarray(seen.resize(plain.size, Image.Resampling.BICUBIC)) / 255
     alpha = (0.15 + 0.5 * seen)[..., None]
     mixed = np.asarray(plain) * (1 - alpha) + 255 * colormaps["inferno"](seen)[..., :3] * alpha

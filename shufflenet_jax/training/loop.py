@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import checkpoint, parallel, plots, progress
+from .. import checkpoint, parallel, progress
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
 from ..data.pipeline import eval_batches, train_batches
@@ -22,6 +22,7 @@ from ..evaluation.counting import eval_step, evaluate
 from ..files import path_of
 from ..model import init_variables
 from . import workdir as workdirs
+from .curves import plot_curves
 from .finetuning import initial_variables
 from .interruption import Interruption
 from .logs import METRICS, Meter, MetricsLog, read_metrics
@@ -124,7 +125,7 @@ def _train(config, workdir):
     else:
         logger.info("checkpoints: %s", checkpoints.directory)
     if not stopped and parallel.is_first():
-        logger.info("curves: %s", plots.plot_curves(workdir, title=f"{config.width}x on {config.data}"))
+        logger.info("curves: %s", plot_curves(workdir, title=f"{config.width}x on {config.data}"))
         (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
     return result_of(workdir, stopped or total_steps, finished=not stopped, signal=interruption.number)
 
