@@ -17,6 +17,7 @@ from small_training import few_units, interrupted
 
 from shufflenet_jax import checkpoint, parallel
 from shufflenet_jax.commands import evaluate, train
+from shufflenet_jax.training import loop
 
 # In float64, with a small learning rate lest the network amplify rounding, over two uneven last batches.
 RUN = (
@@ -118,7 +119,7 @@ def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with
 def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, tmp_path, monkeypatch, call):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "shown", interrupted(train.shown, 6, signal.SIGTERM))
+        patch.setattr(loop, "shown", interrupted(loop.shown, 6, signal.SIGTERM))
         status, _, told = call(train.main, *RUN, "--workdir", workdir)
     assert status == 0 and "stopped after step 7, which is saved" in told
     began = time.monotonic()

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from conftest import ROOT
 from PIL import Image
 
-from shufflenet_jax.commands import evaluate, from_torch, prepare
+from shufflenet_jax.commands import evaluate, from_torch, prepare, verify
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
@@ -167,9 +167,12 @@ def test_tfrecords_are_copied_record_by_record(tmp_path, call):
     assert names == [f"{i}.jpg" for i in (0, 2, 4, 6, 1, 3, 5)]
 
 
-def test_reading_tfrecords_directly_tells_the_command_that_converts_them(tmp_path):
+def test_reading_tfrecords_directly_names_the_command_that_converts_them(tmp_path, refused):
     folder, _ = write_tfrecords(tmp_path, "mine", serialized(2))
-    with pytest.raises(InputError, match=rf"prepare --source {folder} --name mine --out DIR"):
+    line = refused(verify.main, "tfds:mine", "--data-dir", tmp_path, "--split", "train")
+    command = f"python -m shufflenet_jax prepare --source {folder} --name mine --out DIR"
+    assert "stored as tfrecord" in line and line.endswith(f"name the new place with --data-dir: {command}")
+    with pytest.raises(InputError, match=r"name the new place with `data_dir`$"):  # Python speaks of the argument.
         open_source("tfds:mine", "train", data_dir=tmp_path)
 
 

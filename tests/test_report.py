@@ -17,7 +17,7 @@ from scipy.special import log_softmax, softmax
 from shufflenet_jax.commands import evaluate
 from shufflenet_jax.config import MEGVII_EVAL, TORCHVISION_EVAL_LARGE
 from shufflenet_jax.data.sources import open_source
-from shufflenet_jax.evaluation.predictions import Predictions
+from shufflenet_jax.evaluation.predictions import Predictions, read_predictions
 from shufflenet_jax.evaluation.report import in_words, make_report, summarise
 from shufflenet_jax.inference import Model
 from shufflenet_jax.loading import load_model
@@ -185,7 +185,7 @@ def report(request, tmp_path_factory):
         assert evaluate.main(["--checkpoint", str(weights), "--data", str(data), *kept]) == 0
         model = Model(*load_model(weights))
     source = open_source(str(data), classes=model.info.classes)
-    return Report((folder / "r.html").read_text(), dict(np.load(folder / "p.npz")), model, source)
+    return Report((folder / "r.html").read_text(), read_predictions(folder / "p.npz"), model, source)
 
 
 def cells_of(text, name):

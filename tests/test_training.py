@@ -586,8 +586,7 @@ def is_differentiable(image, weights):
 RECIPES = {
     # The average is a copy until the step after warm-up, and has no part in the rest.
     "in1k with moving averages": {"ema_decay": 0.9, "warmup_steps": 1},
-    "label smoothing": {"label_smoothing": 0.1},
-    "mixup": {"mixup": 1.0},
+    "mixup and label smoothing": {"mixup": 1.0, "label_smoothing": 0.1},
 }
 
 
