@@ -70,7 +70,7 @@ def require_free(directory, *, overwrite):
     directory = path_of(directory)
     only_a_model = directory.is_dir() and {path.name for path in directory.iterdir()} == {INFO, VARIABLES}
     if directory.exists() and not (overwrite and only_a_model):
-        advice = "choose another place" if overwrite else "choose another place, or set `overwrite` to replace a model"
+        advice = "choose another `out`" if overwrite else "choose another `out`, or set `overwrite` to replace a model"
         raise InputError(f"{directory} exists already; {advice}")
 
 

@@ -78,7 +78,7 @@ MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no lon
 # How the network's operations run: "reference" is the slow, plain form, "auto" the fastest one for the backend.
 LoweringName = Literal["auto", "cpu", "reference"]
 LOWERINGS = typing.get_args(LoweringName)
-RENAMED = {"planar": "cpu", "plain": "reference"}  # Lowerings under their names before version 0.2.
+RENAMED = {"planar": "cpu", "plain": "reference"}  # Lowerings under their earlier names.
 Initialization = Literal["mmpretrain", "pytorch"]  # MMPretrain's and the authors' initial weights, or PyTorch's own.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MMPRETRAIN_EVAL = Preprocess(
@@ -370,7 +370,7 @@ def current_settings(stored):
     """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     settings = {**defaults, **BEFORE_IT_EXISTED, **stored}
-    return {**settings, "lowering": RENAMED.get(settings["lowering"], settings["lowering"])}
+    return {**settings, "lowering": RENAMED.get(str(settings["lowering"]), settings["lowering"])}
 
 
 def _tuples(values):

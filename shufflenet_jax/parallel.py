@@ -178,10 +178,10 @@ def replicate(tree, devices=None):
 
 
 def map_train_step(step, devices=None):
-    """`step(state, batch, fixed) -> (state, metrics)` of one device, as one call on a batch from `feed`.
+    """`step(state, batch, constants) -> (state, metrics)` of one device, as one call on a batch from `feed`.
 
-    The step itself averages over AXIS. The state given is used up: only the one returned is valid afterwards; what is
-    fixed can be given again.
+    The step itself averages over AXIS. It donates the state: only the one returned is valid afterwards. The constants
+    stay valid.
     """
     devices = devices or all_devices()
     return jax.pmap(step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=devices, donate_argnums=0)

@@ -32,7 +32,6 @@ LAST = 24
 def small_networks():
     with few_units():
         yield
-    jax.config.update("jax_enable_x64", False)  # As it was before --dtype.
 
 
 @pytest.fixture(scope="module")

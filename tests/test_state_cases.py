@@ -21,7 +21,7 @@ from shufflenet_jax.errors import InputError
 
 fault = partial(pytest.mark.xfail, strict=True, raises=AssertionError)
 
-DIGITS = ("--config", "digits", "--image-size", 16, "--batch-size", 8, "--lowering", "plain", "--steps", 1)
+DIGITS = ("--config", "digits", "--image-size", 16, "--batch-size", 8, "--lowering", "reference", "--steps", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)

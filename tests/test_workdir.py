@@ -60,3 +60,7 @@ def test_a_record_that_is_none_gives_one_line(text, start, tmp_path):
     (tmp_path / "run" / workdirs.CONFIG).write_text(text)
     with pytest.raises(InputError, match="is damaged"):
         start()
+
+
+def test_the_commit_that_is_recorded_covers_the_whole_package():
+    assert (workdirs.PACKAGE / "model.py").is_file() and (workdirs.PACKAGE / "training/workdir.py").is_file()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -68,7 +69,7 @@ def describe_error(error):
     text = " ".join(str(error).split())
     if error.command:
         name, arguments = error.command
-        options = (f"--{argument.replace('_', '-')} {value}" for argument, value in arguments.items())
+        options = (f"--{argument.replace('_', '-')} {shlex.quote(str(value))}" for argument, value in arguments.items())
         text = f"{text}: python -m shufflenet_jax {name} {' '.join(options)}"
     return with_flags(text)
 

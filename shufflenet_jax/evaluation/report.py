@@ -83,7 +83,7 @@ class Summary(NamedTuple):
 
 
 def summarise(rows):
-    """The Summary of {"label": (N,) or (N, K), "logits": (N, num_classes)}; of several labels the likeliest counts."""
+    """Return the Summary of Predictions; of several labels the likeliest counts."""
     labels, logits = np.asarray(likeliest(rows.logits, rows.label)), np.asarray(rows.logits, np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     predicted, right = order[:, 0], order[:, 0] == labels
@@ -153,7 +153,7 @@ def make_report(rows, model, source, *, title, command):
     """The page, as text.
 
     Args:
-      rows: {"name", "label", "logits"} of all images, in the order of the source.
+      rows: the Predictions for all images, in the order of the source.
       model: a Model, for the class-activation maps of the surest mistakes.
       source: the Source that was evaluated.
       title: what was evaluated on what.

@@ -170,7 +170,7 @@ class Graph:
 
 
 def _normalized(graph, preprocess):
-    """`transforms.normalize` of the uint8 images, and channels first."""
+    """`normalization.normalize` of the uint8 images, and channels first."""
     x = graph.node("Cast", "images", name="images/float", to=TensorProto.FLOAT)
     if preprocess.channel_order == "BGR":
         x = graph.node("Gather", x, graph.numbers(2, 1, 0), name="images/bgr", axis=3)

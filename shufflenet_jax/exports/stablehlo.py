@@ -30,7 +30,7 @@ def save(path, model, *, batch=None, with_preprocessing=False):
         return last(logits, features)
 
     def network(images):
-        lowerings = {"cpu": partial(predict, "planar"), "default": partial(predict, "plain")}
+        lowerings = {"cpu": partial(predict, "cpu"), "default": partial(predict, "reference")}
         return lax.platform_dependent(weights, images, **lowerings)
 
     (rows,) = jax.export.symbolic_shape("batch") if batch is None else (batch,)

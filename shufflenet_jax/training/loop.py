@@ -78,11 +78,10 @@ def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
     Raises:
       InputError: the data, the settings or the workdir cannot be used, or the loss is no longer finite.
     """
-    try:
-        with jax.enable_x64(config.dtype == "float64"):
-            return _train(config, path_of(workdir))
-    finally:
-        gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
+    with jax.enable_x64(config.dtype == "float64"):
+        result = _train(config, path_of(workdir))
+    gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
+    return result
 
 
 def _train(config, workdir):
@@ -134,6 +133,7 @@ def result_of(workdir, step, *, finished, signal):
     """Return the TrainResult of a run, with the evaluations of its log."""
     rows = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
     found = [Evaluation(*(row.get(name) for name in Evaluation._fields)) for row in rows if row["split"] == "eval"]
+    found = [evaluation for evaluation in found if None not in evaluation]
     last, best = (found[-1], max(found, key=lambda evaluation: evaluation.top1)) if found else (None, None)
     return TrainResult(workdir, step, finished, signal, last, best)
 

@@ -84,8 +84,8 @@ def load_predictions(path, source):
         raise InputError(
             f"teacher {path} has logits of shape {stored.logits.shape}, but the training data {shape}; store "
             "the predictions of the same data and split",
-            command=("eval", {"predictions": "FILE.npz", "data": "DATA", "split": "SPLIT"}),
+            command=("eval", {"checkpoint": "TEACHER", "data": "DATA", "split": "SPLIT", "predictions": "FILE.npz"}),
         )
     if not np.isfinite(stored.logits).all():
-        raise InputError(f"teacher {path} predicts some classes only; store predictions of all classes")
+        raise InputError(f"teacher {path} predicts some classes only; store predictions without `subset`")
     return stored

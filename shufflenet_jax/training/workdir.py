@@ -19,6 +19,7 @@ from .logs import METRICS
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parent.parent
 CONFIG, LOCK, FINISHED = "config.json", "lock", "finished"
 # A resumed run gives the same numbers whatever these say, up to rounding.
 FREE_TO_CHANGE = {"accumulate", "eval_batch_size", "keep", "log_every", "workers", "max_damaged"}
@@ -95,7 +96,7 @@ def commit():
 
     def git(*words):
         return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:
