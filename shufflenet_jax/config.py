@@ -183,7 +183,7 @@ class TrainConfig:
     # Part of a training image to use: "random" draws size, shape and place, "center" takes what evaluation takes.
     crop: Literal["random", "center"] = "random"
     # How a random crop is made: "exact" is MMPretrain's to the pixel (Pillow, antialiased); "fast" uses libjpeg-turbo's
-    # fast methods and OpenCV's scaling without antialiasing, which changes how pixels are interpolated.
+    # fast methods and OpenCV's scaling without antialiasing, which changes how the pixels of JPEGs are interpolated.
     transform: Literal["exact", "fast"] = "exact"
     # Smallest area of a random crop, as a share of the image's.
     min_area: float = 0.08

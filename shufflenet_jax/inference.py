@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from .checkpoint import module_of
 from .config import ModelInfo, Preprocess
@@ -50,7 +51,8 @@ class Model:
         """The evaluation transform of one image, uint8 (1, side, side, C), ready for the model.
 
         Args:
-          image: a path, encoded bytes, or a uint8 array (H, W, 3) in RGB or (H, W) in grey.
+          image: a path, encoded bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey. A Pillow
+            image of any mode gives what a file with its content gives, EXIF's rotation included.
           name: what errors call it; by default its path.
         Raises:
           InputError: it is no image.
@@ -103,7 +105,7 @@ class Model:
 
 
 def _content(image):
-    """(encoded bytes or a uint8 array, what errors call it) of what `Model.preprocess` takes."""
+    """(encoded bytes, a Pillow image or a uint8 array, what errors call it) of what `Model.preprocess` takes."""
     if isinstance(image, (str, Path)):
         try:
             return read_file(path_of(image)), str(image)
@@ -111,7 +113,9 @@ def _content(image):
             raise InputError(f"image {image} cannot be read: {error.strerror}; check the path") from error
     if isinstance(image, bytes):
         return image, "image"
-    wanted = "a path, encoded bytes, or a uint8 array (H, W, 3) in RGB or (H, W) in grey"
+    if isinstance(image, Image.Image):
+        return image, str(getattr(image, "filename", "")) or "image"
+    wanted = "a path, encoded bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey"
     try:
         pixels = np.asarray(image)
     except ValueError as error:

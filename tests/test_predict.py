@@ -92,7 +92,7 @@ def files():
         "cut.gif": (good["palette.gif"][: len(good["palette.gif"]) // 2], "is damaged"),
         "cut.webp": (good["web.webp"][: len(good["web.webp"]) // 2], "is damaged"),
         "marker.jpg": (b"\xff\xd8\xff", "truncated"),
-        "float.tif": (encoded(Image.fromarray(np.float32(picture(mode="L"))), "TIFF"), "is damaged"),
+        "float.tif": (encoded(Image.fromarray(np.float32(picture(mode="L"))), "TIFF"), "has 32 bits a channel"),
         "bomb.png": (with_size(png, 12000, 9000), "is damaged"),
     }
     more = {f"more{i:02}.jpg": encoded(picture(), "JPEG") for i in range(100 - len(good) - len(bad))}

@@ -14,7 +14,7 @@ def prepare(image, preprocess, name="image"):
     """The whole evaluation transform but normalisation.
 
     Args:
-      image: encoded bytes, or a uint8 array (H, W, 3) in RGB or (H, W) in grey.
+      image: encoded bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey.
       preprocess: a Preprocess.
       name: what errors call the image.
     Returns:

@@ -5,6 +5,7 @@ Decoders that come from PyPI decode whole files. A file that was cut before cost
 
 import contextlib
 import struct
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,11 @@ END = b"\xff\xd9"
 MOST_PIXELS = 178_956_970  # Beyond which Pillow refuses an image.
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 EXIF = b"Exif\0\0"
+MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # Pillow's names for what so many channels hold.
+FIRST = 0xC0  # Lower markers have no meaning.
+NOWHERE = (0xFF, START[1], END[1])  # No markers of the header's segments.
+UNMARKED = (0x00, 0xFF)  # Behind 0xFF: a stray byte, or one of any number that may fill up before a marker.
+SCAN = 0xDA  # The marker before the coded pixels.
 RESTART = 0xD0  # To 0xD7, in turn: markers behind which nothing depends on what came before.
 
 
@@ -23,37 +29,63 @@ class Header(NamedTuple):
 
     height: int  # As stored, in pixels.
     width: int
+    bits: int  # Of each channel.
+    mode: str  # Pillow's name of the colors, as stored.
     orientation: int  # EXIF's, 1 to 8.
-    frame: int = 0  # Where its segment begins, which tells the size.
-    scan: int = 0  # Where the coded pixels begin.
-    unit: tuple[int, int] | None = None  # Height and width of the blocks that are coded in turn; None: it stays whole.
-    apart: bool = False  # Whether each of these blocks can be decoded without the others.
+    frame: int  # Where its segment begins, which tells the size.
+    scan: int  # Where the coded pixels begin.
+    unit: tuple[int, int] | None  # Height and width of the blocks that are coded in turn; None: it stays whole.
+    apart: bool  # Whether each of these blocks can be decoded without the others.
 
 
-def read_header(data):
-    """The Header of a whole JPEG file. Raises ValueError where a part of it was cut off, or it is too large."""
-    height = width = frame = interval = 0
-    orientation, position = 1, 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] not in (b"", b"\xda"):
-        marker = data[position + 1]
-        if marker == 0xFF:  # Any number of these may fill up before a marker.
-            position += 1
-            continue
+def read_header(data: bytes) -> Header:
+    """Read the Header of a whole JPEG file.
+
+    Raises:
+      ValueError: a part of the file was cut off, it is too large, or its header is none that the decoders read.
+    """
+    frame = interval = 0
+    blocks = []
+    for marker, position in _markers(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of a frame, not a table.
             frame = position
-            height, width = (_number(data, position + place) for place in (5, 7))
         elif marker == 0xDD:
             interval = _number(data, position + 4)
         elif marker == 0xE1 and data.startswith(EXIF, position + 4):
-            orientation = _orientation(data[position + 4 : position + 2 + _number(data, position + 2)])
-        position += 2 + _number(data, position + 2)
-    if height * width > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are too many")
+            blocks.append(data[position + 4 : position + 2 + _number(data, position + 2)])
+        elif marker == SCAN:
+            break
     # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
     if data.rfind(END) < position:
         raise ValueError("the file is truncated")
+    if not frame:
+        raise ValueError("no part of the file tells the size")
+    height, width = (_number(data, frame + place) for place in (5, 7))
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are too many")
+    if not height * width or data[frame + 9] not in MODES:
+        raise ValueError(f"{width} x {height} pixels with {data[frame + 9]} channels")
     scan = position + 2 + _number(data, position + 2)
-    return Header(height, width, orientation, frame, scan, _unit(data, frame, position), interval == 1)
+    return Header(
+        *(height, width, data[frame + 4], MODES[data[frame + 9]], orientation_in(blocks)),
+        *(frame, scan, _unit(data, frame, position), interval == 1),
+    )
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, where its 0xFF stands) up to the first scan; stray bytes between segments are skipped, as by
+    libjpeg."""
+    position = len(START)
+    while (position := data.find(b"\xff", position)) >= 0 and position + 1 < len(data):
+        marker = data[position + 1]
+        if marker >= FIRST and marker not in NOWHERE:
+            yield marker, position
+            position += 2 if marker & 0xF8 == RESTART else 2 + _number(data, position + 2)
+        elif marker in UNMARKED:
+            position += 1
+        else:
+            raise ValueError(f"marker {marker:#x} stands before the pixels")
+    raise ValueError("the file is truncated")
 
 
 def cut(data, header, top, left, height, width):
@@ -119,14 +151,15 @@ def _unit(data, frame, scan):
     return (8 * tall, 8 * wide) if 0 not in (tall, wide) else None
 
 
-def _orientation(segment):
-    """The EXIF orientation, 1 to 8; what cannot be read counts as upright, as OpenCV has it."""
-    exif = Image.Exif()
-    with contextlib.suppress(SyntaxError, OSError, ValueError, struct.error):
-        exif.load(segment)
-    return orientation_in(exif)
+def orientation_in(blocks: Iterable[bytes]) -> int:
+    """Return EXIF's orientation, 1 to 8: that of the first block that has one, as OpenCV does.
 
-
-def orientation_in(exif):
-    """1 to 8; damaged EXIF holds anything."""
-    return found if (found := exif.get(ORIENTATION)) in range(1, 9) else 1
+    What cannot be read, and any other number, counts as upright.
+    """
+    for block in blocks:
+        with contextlib.suppress(SyntaxError, OSError, ValueError, LookupError, TypeError, struct.error):
+            exif = Image.Exif()
+            exif.load(block)
+            if (orientation := exif.get(ORIENTATION)) is not None:
+                return orientation if orientation in range(1, 9) else 1
+    return 1

@@ -1,18 +1,15 @@
 """What is in a data set: which images cannot be read, which are unusual, and how they spread over the classes."""
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..errors import InputError
-from .decoding import decode
-from .jpeg import orientation_in
+from .decoding import read
 from .workers import usable_cores
 
 AHEAD = 64  # Images under way at a time, for each thread.
@@ -72,11 +69,10 @@ def examine(source, index):
                 size=(width, height),
                 digest=digest,
             )
-        decode(example.image, "cv2", example.name)
-        with Image.open(io.BytesIO(example.image)) as image:
-            turned = orientation_in(image.getexif())
-            digest = hashlib.sha256(example.image).digest()
-            return Facts(example.name, example.label, None, image.mode, image.size, turned, digest)
+        stored = read(example.image, "cv2", example.name)
+        height, width = stored.pixels.shape[:2]
+        digest = hashlib.sha256(example.image).digest()
+        return Facts(example.name, example.label, None, stored.mode, (width, height), stored.orientation, digest)
     except InputError as error:
         return Facts("", -1, fault=str(error))
 
@@ -89,7 +85,7 @@ def _add(found, same, facts):
     found.sizes[facts.size] += 1
     found.per_label[facts.label] += 1
     same[facts.digest].append(facts.name)
-    if facts.mode in ("L", "LA", "1", "I", "I;16"):
+    if facts.mode in ("L", "LA", "1", "I") or facts.mode.startswith("I;16"):
         found.grey.append(facts.name)
     elif facts.mode == "CMYK":
         found.cmyk.append(facts.name)

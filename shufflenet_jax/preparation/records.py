@@ -8,8 +8,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ..data.decoding import damage_named, decode
-from ..data.jpeg import ORIENTATION, orientation_in
+from ..data import decoding
+from ..data.jpeg import ORIENTATION
 from ..errors import InputError
 
 
@@ -34,19 +34,19 @@ def features_for(classes):
     )
 
 
-def shrink(data, short_edge, quality, name):
-    """An image as JPEG with at most that short side; smaller ones stay as they are. Keeps the EXIF orientation."""
-    with Image.open(io.BytesIO(data)) as image:
-        short = min(image.size)
-        if short <= short_edge:
-            decode(data, "pillow", name)
-            return data
-        size = [short_edge if side == short else int(short_edge * side / short) for side in image.size]
-        exif = Image.Exif()
-        if (orientation := orientation_in(image.getexif())) != 1:
-            exif[ORIENTATION] = orientation
-        resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+def shrink(data: bytes, short_edge: int, quality: int, name: str) -> bytes:
+    """Return an image as JPEG with at most that short side; smaller ones stay as they are. Keeps EXIF's orientation."""
+    stored = decoding.read(data, "pillow", name)
+    height, width = stored.pixels.shape[:2]
+    short = min(height, width)
+    if short <= short_edge:
+        return data
+    size = [short_edge if side == short else int(short_edge * side / short) for side in (width, height)]
+    exif = Image.Exif()
+    if stored.orientation != 1:
+        exif[ORIENTATION] = stored.orientation
     buffer = io.BytesIO()
+    resized = Image.fromarray(stored.pixels).resize(size, Image.Resampling.BILINEAR)
     # Each block for itself costs 4 % more bytes, and training then decodes those of its crop alone.
     resized.save(buffer, "JPEG", quality=quality, exif=exif if exif else b"", restart_marker_blocks=1)
     return buffer.getvalue()
@@ -56,10 +56,9 @@ def stored_bytes(entry, options):
     """What the data set keeps of an image. Raises InputError when it is damaged."""
     data = entry.location.read()
     if options.short_edge is None:
-        decode(data, "pillow", entry.name)
+        decoding.read(data, "pillow", entry.name)
         return data
-    with damage_named(entry.name):
-        return shrink(data, options.short_edge, options.quality, entry.name)
+    return shrink(data, options.short_edge, options.quality, entry.name)
 
 
 def image_records(entries, classes, options, damaged):
