@@ -49,7 +49,7 @@ class ImageFile(NamedTuple):
 
 def picture(rng, size):
     """A smooth RGB image: other ways to interpolate hardly change it."""
-    colors = rng.integers(0, 256, (4, 5, 3), np.uint8)
+    colors = rng.integers(0, 256, (3, 4, 3), np.uint8)
     return Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -128,7 +128,7 @@ def random_file(seed, form=None):
     """An ImageFile in one of Pillow's formats, or a given one, and in one of the modes that it takes."""
     rng = np.random.default_rng(seed)
     form = form or str(rng.choice(FORMATS if rng.integers(2) else ORIENTED))
-    size = tuple(int(side) for side in rng.integers(12, 120, 2))
+    size = tuple(int(side) for side in rng.integers(32, 120, 2))
     for mode in rng.permutation(MODES).tolist():
         image = in_mode(picture(rng, size), mode)
         settings = random_settings(rng, form, mode)
@@ -237,12 +237,19 @@ def assert_one_decoding(file, path):
             assert_allclose(results[f"{decoder}, {way}"], expected, rtol=0, atol=atol, err_msg=f"{way}: {file}")
         exact, fast = (results[f"{decoder}, {transform}"] for transform in ("exact", "fast"))
         assert_array_equal(exact, crop("exact", results[decoder], decoder), err_msg=str(file))
-        # Of 255; the pictures are smooth, so that interpolation matters little and a wrong place a lot.
-        limit = 8 if file.form in ("JPEG", "MPO") and file.mode != "CMYK" else 0
-        assert np.abs(exact.astype(int) - fast).mean() <= limit, file
+        assert np.abs(exact.astype(int) - fast).mean() <= fast_tolerance(file), file
     assert results["stored as it is"] == file.data
     assert_stored_smaller(results["stored smaller"], stored, orientation, file)
     return True
+
+
+def fast_tolerance(file):
+    """How far the fast transform may be from the exact one, of 255 on average."""
+    if file.form not in ("JPEG", "MPO") or file.mode == "CMYK":
+        return 0
+    # 1.5 is usual in smooth pictures, 7 the most of hundreds; another part of the picture differs by dozens. Black and
+    # white have sharp edges, which interpolation changes most.
+    return 20 if file.mode == "1" else 10
 
 
 def assert_stored_smaller(data, stored, orientation, file):

@@ -341,6 +341,14 @@ def test_a_grey_network_sums_the_weights_of_the_colours(ten, ten_classes, tmp_pa
     assert_array_equal(ten.preprocess(pixels[..., None]), expected.repeat(3, -1))
 
 
+@pytest.mark.parametrize("mode", ["P", "YCbCr", "CMYK", "LA"])
+def test_pillow_images_get_the_class_of_their_file(mode, ten, tmp_path):
+    image = drawn().convert(mode)
+    image.save(tmp_path / "bird.tif")
+    scores, expected = (snet.inference_model(ten, same)["pred_scores"] for same in (image, tmp_path / "bird.tif"))
+    assert_array_equal(scores, expected)
+
+
 def test_images_are_prepared_from_paths_bytes_and_arrays_alike(ten, tmp_path):
     image = drawn()
     image.save(tmp_path / "bird.png")
