@@ -73,6 +73,7 @@ class Preprocess:
         return len(self.mean)
 
 
+VAL_SHARE = 0.2  # Of each class, where a folder of images has no splits.
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
 MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
 # How the network's operations run: "reference" is the slow, plain form, "auto" the fastest one for the backend.
@@ -149,8 +150,8 @@ class ModelInfo:
 class TrainConfig:
     """Training of a ShuffleNetV2."""
 
-    # Data: "tfds:NAME"; a folder of images or a zip of one, <split>/<class>/<image> or with lists meta/<split>.txt; or
-    # "digits".
+    # Data: "tfds:NAME"; a folder of images, or a zip or tar of one: <split>/<class>/<image>, <class>/<image>, or with
+    # lists meta/<split>.txt; or "digits".
     data: str
     # Where TFDS data sets lie; by default TFDS's own place.
     data_dir: str | None = None
@@ -158,6 +159,8 @@ class TrainConfig:
     train_split: str = "train"
     # Split to evaluate on; by default the first of val, validation and test that the data has.
     eval_split: str | None = None
+    # Share of each class that is held out as split val where a folder has no splits; a hash of the names decides.
+    val_share: float = VAL_SHARE
     # Width of the network: 0.5, 1.0, 1.5 or 2.0 times the channels of the stages.
     width: float = 1.0
     # Wiring of the network; "megvii" is the authors' own.
@@ -316,6 +319,8 @@ class TrainConfig:
         for name in ("color_jitter", "random_erasing", "max_damaged", "min_area", "teacher_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1]")
+        if not 0 < self.val_share < 1:
+            raise InputError(f"val_share is {self.val_share}, but must lie between 0 and 1")
         for name in ("momentum", "dropout", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")

@@ -37,6 +37,7 @@ def test_verify_tells_what_is_unusual_and_exits_1_when_anything_cannot_be_read(f
     assert status == 1
     assert json.loads(out.splitlines()[-1]) == {
         "images": 7, "unreadable": 1, "grey": 1, "cmyk": 1, "rotated": 1, "duplicates": 1, "classes": 2,
+        "skipped": 0,
     }  # fmt: skip
     for told in (
         "cannot be read: 1: image dog/cut.jpg is damaged",

@@ -16,6 +16,7 @@ import numpy as np
 from .. import parallel, progress
 from ..config import LOWERINGS, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
 from ..data.labels import class_name
+from ..data.layout import report_notes
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source, split_version
 from ..errors import InputError
@@ -26,7 +27,7 @@ from ..inference import Model
 from ..loading import load_model
 from ..published import CARD, PUBLISHED
 from .console import libraries_silent, speak_as
-from .parsing import CommandLine, add_process_options, positive_integer
+from .parsing import CommandLine, add_process_options, add_val_share, positive_integer
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -65,7 +66,10 @@ def evaluate_checkpoint(options, argv):
         classes=info.classes,
         num_classes=info.num_classes,
         multi_label=True,
+        val_share=options.val_share,
     )
+    if parallel.is_first():
+        report_notes(source.notes)
     total = min(options.limit or len(source), len(source))
     parallel.require_same("images and classes", (total, info.classes))
 
@@ -223,12 +227,13 @@ def parse(argv):
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     told = (
-        "tfds:NAME, a folder or a zip of images, or digits: see docs/data.md (default for a published name: ImageNet's "
-        "validation images, expecting the published figures)"
+        "tfds:NAME, a folder, zip or tar of images, or digits: see docs/data.md (default for a published name: "
+        "ImageNet's validation images, expecting the published figures)"
     )
     parser.add_argument("--data", help=told)
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
+    add_val_share(parser)
     told = f"images a step (default: {CPU_BATCH} on CPUs, {ACCELERATOR_BATCH} on accelerators)"
     parser.add_argument("--batch-size", type=positive_integer, help=told)
     told = "choose among the classes that occur in the data alone; tfds:imagenet_a and imagenet_r are always judged so"

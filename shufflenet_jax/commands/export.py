@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import progress
 from ..data import normalization
+from ..data.layout import report_notes
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
@@ -52,6 +53,7 @@ def main(argv):
     # Opened first: what cannot be read should not cost the rest.
     data = opened(options.data, options.split) if options.data else None
     calibration = opened(options.int8, options.int8_split) if options.int8 else None
+    report_notes(note for source in (data, calibration) if source for note in source.notes)
     out = Path(options.out or default_name(options))
     try:
         with written_aside(out) as draft:

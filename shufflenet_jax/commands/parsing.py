@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from ..config import RENAMED
+from ..config import RENAMED, VAL_SHARE
 from ..errors import InputError
 
 _flags: dict[str, str] = {}  # {argument: option} of the command that runs, such as {"data_dir": "--data-dir"}.
@@ -55,6 +55,17 @@ def positive_integer(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def add_val_share(parser):
+    """Add the option for folders without splits."""
+    parser.add_argument(
+        "--val-share",
+        type=float,
+        default=VAL_SHARE,
+        metavar="SHARE",
+        help="where a folder has no splits: share of each class to hold out as val (default: %(default)s)",
+    )
 
 
 def add_process_options(parser):

@@ -13,7 +13,8 @@ import numpy as np
 
 from .. import progress
 from ..architecture import FEATURES
-from ..data.sources import IMAGE_SUFFIXES
+from ..data.folders import find_images
+from ..data.layout import describe_skipped, report_notes
 from ..data.workers import usable_cores
 from ..errors import InputError
 from ..files import printable, written_aside
@@ -23,7 +24,6 @@ from .console import libraries_silent, report_error
 from .parsing import CommandLine, positive_integer
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
-SUFFIXES = IMAGE_SUFFIXES | {".gif"}  # Training on folders follows torchvision, which leaves these out.
 BATCH = 16
 MOST_DRAWN = 24
 SILENT_SECONDS = 30
@@ -108,8 +108,9 @@ def expanded(words):
             lines = (os.fsdecode(line).strip() for line in sys.stdin.buffer)
             yield from expanded(line for line in lines if line not in ("", "-"))
         elif os.path.isdir(word):
-            found = [path for path in sorted(Path(word).rglob("*")) if path.suffix.lower() in SUFFIXES]
-            yield from [str(path) for path in found if path.is_file()] or [word]
+            found, skipped = find_images(word)
+            report_notes(describe_skipped(word, skipped))
+            yield from found or [word]
         else:
             yield word
 

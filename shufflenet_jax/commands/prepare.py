@@ -4,25 +4,27 @@ import json
 import logging
 
 from .. import progress
+from ..data.layout import report_notes
 from ..errors import InputError
 from ..preparation import dataset
 from ..preparation.contents import read_contents
 from ..preparation.records import StoreOptions
-from .parsing import CommandLine, positive_integer
+from .parsing import CommandLine, add_val_share, positive_integer
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Turn ILSVRC2012's tars, a class folder, a zip of one, or a TFDS directory of TFRecords into a TFDS data set in "
-    "ArrayRecord form, for --data tfds:NAME. The same command again goes on where it was stopped."
+    "Turn a folder of images, a zip or tar of one, ILSVRC2012's tars, or a TFDS directory of TFRecords into a TFDS "
+    "data set in ArrayRecord form, for --data tfds:NAME. The same command again continues where it was stopped."
 )
 
 
 def main(argv):
     parser = CommandLine(prog="shufflenet-jax prepare", description=DESCRIPTION)
-    parser.add_argument("--source", required=True, help="folder with the tars, a tar, a class folder, a zip, TFRecords")
+    parser.add_argument("--source", required=True, help="a folder, zip or tar of images, or TFRecords")
     parser.add_argument("--name", required=True, help="name of the data set: lower-case letters, digits and _")
     parser.add_argument("--out", required=True, help="the folder of data sets to put it in: later's --data-dir")
+    add_val_share(parser)
     parser.add_argument("--short-edge", type=positive_integer, help="store larger images with this short side (pixels)")
     parser.add_argument(
         "--quality", type=positive_integer, default=90, help="their JPEG quality (default: %(default)s)"
@@ -39,8 +41,9 @@ def main(argv):
         total = None
     else:
         chosen = StoreOptions(options.short_edge, options.quality, options.skip_damaged, options.shard_size)
-        contents = read_contents(options.source)
+        contents = read_contents(options.source, val_share=options.val_share)
         plan = dataset.plan_images(contents, options.source, options.name, options.out, chosen)
+        report_notes(contents.notes)
         total = sum(map(len, contents.splits.values()))
     with progress.bar(total=total, unit="image", description="preparing") as bar:
 

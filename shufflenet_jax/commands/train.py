@@ -76,7 +76,8 @@ class HelpFormatter(simple_parsing.SimpleHelpFormatter):
 def print_schedule(config, picture):
     """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
     try:
-        size = len(open_source(config.data, config.train_split, data_dir=config.data_dir))
+        place = {"data_dir": config.data_dir, "val_share": config.val_share}
+        size = len(open_source(config.data, config.train_split, **place))
     except InputError:
         if config.data not in KNOWN_SIZES:
             raise

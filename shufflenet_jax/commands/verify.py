@@ -7,12 +7,13 @@ from pathlib import Path
 from .. import plots, progress
 from ..config import TrainConfig
 from ..data.labels import imagenet_classes
+from ..data.layout import report_notes
 from ..data.pipeline import train_batches
 from ..data.sources import open_source
 from ..data.survey import survey
 from ..recipes import PRESETS
 from .console import libraries_silent
-from .parsing import CommandLine, positive_integer
+from .parsing import CommandLine, add_val_share, positive_integer
 
 DESCRIPTION = (
     "Read every image of a data set and tell what is in there. The last line on stdout is a JSON object; exit 1 if "
@@ -23,9 +24,10 @@ SHOWN = 5  # Names a line.
 
 def main(argv):
     parser = CommandLine(prog="shufflenet-jax verify", description=DESCRIPTION)
-    parser.add_argument("data", help="tfds:NAME, a folder of images, a zip of one, or digits")
+    parser.add_argument("data", help="tfds:NAME, a folder of images, a zip or tar of one, or digits")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
+    add_val_share(parser)
     parser.add_argument("--preview", metavar="OUT.png", help="draw a batch as training sees it, with its labels")
     parser.add_argument(
         "--config", choices=PRESETS, help="whose augmentation to draw (default: random crops and flips)"
@@ -33,7 +35,8 @@ def main(argv):
     parser.add_argument("--image-size", type=positive_integer, help="side of the drawn images, in pixels")
     options = parser.parse_args(argv)
 
-    source = open_source(options.data, options.split, data_dir=options.data_dir)
+    source = open_source(options.data, options.split, data_dir=options.data_dir, val_share=options.val_share)
+    report_notes(source.notes)
     with libraries_silent(), progress.bar(total=len(source), unit="image", description="verifying") as bar:
         found = survey(source, on_done=bar.update)
     report(found, source)
@@ -41,7 +44,7 @@ def main(argv):
         with libraries_silent():
             preview(source, options)
         print(f"preview: {options.preview}")
-    print(json.dumps(summary(found)))
+    print(json.dumps(summary(found, source)))
     return 1 if found.unreadable else 0
 
 
@@ -64,13 +67,14 @@ def report(found, source):
         print(f"sizes: {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high")
 
 
-def summary(found):
+def summary(found, source):
     """The JSON object: counts alone."""
     names = ("unreadable", "grey", "cmyk", "rotated", "duplicates")
     return {
         "images": found.images,
         **{name: len(getattr(found, name)) for name in names},
         "classes": len(found.per_label),
+        "skipped": source.skipped,
     }
 
 

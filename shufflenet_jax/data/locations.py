@@ -3,7 +3,6 @@
 import functools
 import zipfile
 import zlib
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from ..errors import InputError
@@ -29,7 +28,10 @@ class Location(NamedTuple):
             self._require_small(self.size)
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
-                return file.read(self.size)
+                data = file.read(self.size)
+            if len(data) < self.size:
+                raise EOFError(f"{self.path} ends in the middle of it")
+            return data
         # zipfile raises the others for members that are missing, damaged, locked or packed in a way it does not know.
         except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
@@ -44,18 +46,3 @@ class Location(NamedTuple):
 def open_zip(path):
     """Open a zip once in each process. Threads may read its members at the same time."""
     return zipfile.ZipFile(path)
-
-
-def zip_files(path, *, splits=()):
-    """List the files in a zip, sorted by path, as {parts of the path: Location}.
-
-    Many zips hold everything in one folder of their own name, NAME/<split>/<class>/<image> or NAME/meta/<split>.txt:
-    its name is left out of the parts, unless it is one of the `splits`.
-    """
-    names = [info.filename for info in open_zip(str(path)).infolist() if not info.is_dir()]
-    files = {PurePosixPath(name).parts: Location(str(path), member=name) for name in names}
-    tops = {parts[0] for parts in files}
-    deep = all(len(parts) > 3 for parts in files) or any(parts[1:2] == ("meta",) for parts in files)
-    if len(tops) == 1 and not tops & set(splits) and deep:
-        files = {parts[1:]: location for parts, location in files.items()}
-    return dict(sorted(files.items()))

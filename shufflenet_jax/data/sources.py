@@ -1,22 +1,24 @@
-"""Labelled images by position: TFDS data sets, class folders, MMPretrain's lists, the digits inside scikit-learn."""
+"""Labelled images by position: TFDS data sets, folders and archives, the digits inside scikit-learn."""
 
+import dataclasses
+import logging
 import re
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import progress
+from ..config import VAL_SHARE
 from ..errors import InputError
-from ..files import DAMAGED_ZIP, path_of, require_plain
-from .locations import Location, zip_files
+from ..files import path_of, require_plain
+from .folders import EVAL_SPLITS, open_folder
+from .labels import are_numbers, spelling
+from .layout import Note, describe_skipped
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-EVAL_SPLITS = ("val", "validation", "test")
 KNOWN_SIZES = {"tfds:imagenet2012": 1_281_167, "tfds:cifar10": 50_000}  # Training images, where there are none yet.
 ADVICE = "choose a checkpoint that was trained on these classes"
 
@@ -37,6 +39,8 @@ class Source:
     classes: tuple[str, ...] | None  # Name of each label, where the data knows them.
     labels: Callable[[], Iterable[int]]  # All that occur, without decoding an image.
     label_shape: tuple[int, ...] = ()  # (K,) where an image may have several labels.
+    notes: tuple[Note, ...] = ()  # What was decided and ignored when it was opened, for `folders.report`.
+    skipped: int = 0  # Files that were ignored.
 
     def __len__(self):
         return self.size
@@ -45,17 +49,21 @@ class Source:
         return self.read(index)
 
 
-def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=None, multi_label=False):
+def open_source(
+    data, split=None, *, data_dir=None, classes=None, num_classes=None, multi_label=False, val_share=VAL_SHARE
+):
     """Open a data set.
 
     Args:
-      data: "digits", "tfds:NAME", or a folder or a zip of one, with `<split>/<class>/<image>` or `meta/<split>.txt`.
+      data: "digits", "tfds:NAME", or a folder, a zip or a tar, with `<split>/<class>/<image>`, `<class>/<image>` or
+        `meta/<split>.txt`.
       split: its split; None takes the first of val, validation and test that exists.
       data_dir: where TFDS data sets lie; by default TFDS's own place.
       classes: the names that decide the labels of class folders and data sets; by default their own, in order.
       num_classes: the classes of the model that will read the data, where there is one.
       multi_label: also take data whose images have several right labels, like TFDS's imagenet2012_real (Beyer et al.,
         2020); images without any are left out.
+      val_share: the share of each class that a folder without splits holds out as val.
     Raises:
       InputError: nothing usable lies there, or its labels are not those of the model.
     """
@@ -64,7 +72,7 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
     elif str(data).startswith("tfds:"):
         source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes, multi_label)
     else:
-        source = _open_folder(path_of(data), split, classes)
+        source = _open_folder(path_of(data), split, classes, val_share)
     # A list names no classes: its largest label only bounds how many there are.
     exact = source.classes is not None
     if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
@@ -73,6 +81,9 @@ def open_source(data, split=None, *, data_dir=None, classes=None, num_classes=No
         raise InputError(
             f"the data {data} has other classes than the model, like {source.classes[0]} for {classes[0]}; {ADVICE}"
         )
+    if num_classes and data != "digits":
+        notes = (*source.notes, *_notes_on_numbers(data, source.classes, classes))
+        return dataclasses.replace(source, notes=notes)
     return source
 
 
@@ -95,17 +106,18 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     labels = getattr(labels, "feature", labels)  # That of a sequence.
     if "image" not in info.features or not isinstance(labels, tfds.features.ClassLabel):
         raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label of a class")
-    split = _choose_split(split, f"the data set {name}", set(info.splits).__contains__)
+    split = _choose_split(split, f"the data set {name}", info.splits)
     # TFDS's own parsing makes an array of every feature, which takes as long as half the decoding of an image.
     try:
         records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
         size = len(records)
     except Exception as error:  # ArrayRecord and TFDS raise several kinds for missing, cut and empty shards.
         raise InputError(f"split {split} of the data set {name} is damaged or empty; prepare it again") from error
-    own = tuple(labels.names or map(str, range(labels.num_classes)))
+    named = labels._int2str is not None  # TFDS makes up names of labels that have none: their numbers.
+    own = tuple(labels.names)
     # Without names of its own, the data's numbers are the labels.
-    classes = own if classes is None or not labels.names else tuple(classes)
-    rank = _rank(own if labels.names else (), classes, f"the data set {name}")
+    classes = own if classes is None or not named else tuple(classes)
+    rank = _rank(own if named else (), classes, f"the data set {name}")
     naming = next((key for key in ("file_name", "id") if key in info.features), None)
 
     def parsed(index):
@@ -122,7 +134,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
         if not all(0 <= label < len(own) for label in found) or (truth == "label" and len(found) != 1):
             told = ", ".join(map(str, found))
             raise InputError(f"record {index} of {name}, split {split}, has no label ({told}); choose another split")
-        return called, image, [rank[own[label]] for label in found] if labels.names else found
+        return called, image, [rank[own[label]] for label in found] if named else found
 
     def all_labels():
         return [
@@ -134,7 +146,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
         called, image, (label,) = parsed(index)
         return Example(called, image, label)
 
-    known = {"num_classes": len(classes), "classes": classes if labels.names else None}
+    known = {"num_classes": len(classes), "classes": classes if named else None}
     if truth == "label":
         return Source(size, read, labels=lambda: (label for (label,) in all_labels()), **known)
 
@@ -217,129 +229,71 @@ def _open_digits(split):
     return Source(len(chosen), read, 10, tuple("0123456789"), labels.tolist)
 
 
-class _Tree(NamedTuple):
-    """A folder of images, or a zip of one."""
+def _open_folder(place, split, classes, val_share):
+    layout = open_folder(place, split, val_share=val_share)
+    split = _choose_split(split, str(place), layout.splits)
+    part = layout.splits[split]()
+    entries, labels = part.entries, [entry.label for entry in part.entries]
+    if part.classes is not None:
+        classes = part.classes if classes is None else tuple(classes)
+        rank = _rank(part.present, classes, f"{place}/{split}")
+        labels = [rank[part.classes[label]] for label in labels]
 
-    path: Path
-    has_split: Callable[[str], bool]
-    listing: Callable[[str], Location | None]  # The list of a split, meta/<split>.txt.
-    classes: Callable[[str], Iterable[str]]  # The class folders of a split.
-    files: Callable[[str], Iterable[tuple[tuple[str, ...], Location]]]  # In those: parts of their paths in the split.
-    locate: Callable[[str], Location]  # A file, by its path.
+    def read(index):
+        return Example(entries[index].name, entries[index].location.read(), labels[index])
 
-
-def _open_folder(root, split, classes):
-    if root.is_file() and zipfile.is_zipfile(root):
-        tree = _zip_tree(root)
-    elif root.is_dir():
-        path_of(root / (split or ""))
-        tree = _folder_tree(root)
-    else:
-        raise InputError(f"no data at {root}; give 'digits', or a folder or a zip of images")
-    split = _choose_split(split, str(root), lambda name: tree.has_split(name) or tree.listing(name) is not None)
-    return _open_list(tree, split) if tree.listing(split) is not None else _open_classes(tree, split, classes)
-
-
-def _folder_tree(root):
-    def listing(split):
-        path = root / "meta" / f"{split}.txt"
-        return Location(str(path)) if path.is_file() else None
-
-    def classes(split):
-        return (entry.name for entry in (root / split).iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-    def files(split):
-        for name in sorted(classes(split)):
-            for path in sorted((root / split / name).rglob("*")):
-                yield path.relative_to(root / split).parts, Location(str(path))
-
-    def locate(name):
-        return Location(str(path_of(root / name)))
-
-    return _Tree(root, lambda name: (root / name).is_dir(), listing, classes, files, locate)
-
-
-def _zip_tree(path):
-    try:
-        stored = zip_files(path, splits=("train", *EVAL_SPLITS))
-    except (OSError, ValueError, *DAMAGED_ZIP) as error:
-        raise InputError(f"{path} is damaged: {error}; fetch it again") from error
-
-    def files(split):
-        for (first, *parts), location in stored.items():
-            if first == split and len(parts) > 1 and not parts[0].startswith("."):
-                yield tuple(parts), location
-
-    splits = {parts[0] for parts in stored if len(parts) > 1} - {"meta"}
-    return _Tree(
-        path,
-        splits.__contains__,
-        lambda split: stored.get(("meta", f"{split}.txt")),
-        lambda split: {parts[0] for parts, _ in files(split)},
-        files,
-        lambda name: stored.get(PurePosixPath(name).parts, Location(str(path), member=name)),
+    return Source(
+        len(entries),
+        read,
+        part.num_classes if part.classes is None else len(classes),
+        None if part.classes is None else classes,
+        lambda: labels,
+        notes=(*layout.notes, *part.notes, *describe_skipped(layout.place, layout.skipped, part.skipped)),
+        skipped=layout.skipped.total + part.skipped.total,
     )
 
 
-def _choose_split(split, what, exists):
-    """The split asked for, or the first of the usual evaluation splits that exists."""
-    if split is not None:
-        if not exists(split):
-            raise InputError(f"{what} has no split {split!r}; name another with `split`")
+def _choose_split(split, what, splits):
+    """Return the split asked for, large and small letters alike, or the first of the usual evaluation splits."""
+    if split in splits:
         return split
-    found = next(filter(exists, EVAL_SPLITS), None)
+    alike = [name for name in splits if split is not None and name.casefold() == split.casefold()]
+    found = next((name for name in EVAL_SPLITS if split is None and name in splits), None) or (alike or [None])[0]
     if found is None:
-        raise InputError(f"{what} has none of the splits {', '.join(EVAL_SPLITS)}; name one with `split`")
+        others = f"; it has {', '.join(sorted(splits))}" if splits else ""
+        wanted = f"none of the splits {', '.join(EVAL_SPLITS)}" if split is None else f"no split {split!r}"
+        raise InputError(f"{what} has {wanted}{others}; name another with `split`")
     return found
 
 
 def _rank(present, classes, what):
-    """{class name: label}. Raises InputError if a class that is present is none of the classes."""
+    """Return {class name: label}. Raises InputError if a class that is present is none of the classes."""
     rank = {name: label for label, name in enumerate(classes)}
     unknown = sorted(set(present) - set(rank))
     if unknown:
+        alike = next((name for name in classes if spelling(name) == spelling(unknown[0])), None)
+        if alike is not None:
+            raise InputError(
+                f"{what} has a class {unknown[0]!a} where the model has {alike!a}, which differ only in case, spaces "
+                "or Unicode form; rename the folder"
+            )
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise InputError(f"{what} has classes that the model does not know: {', '.join(unknown[:3])}{more}; {ADVICE}")
     return rank
 
 
-def _open_list(tree, split):
-    """MMPretrain's form: a line `file label` for each image below the split's folder."""
-    names, labels, listing = [], [], f"{tree.path}/meta/{split}.txt"
-    for number, line in enumerate(tree.listing(split).read().decode(errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal() or len(label) > 7:
-            raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 to 9999999")
-        names.append(name)
-        labels.append(int(label))
-    if not names:
-        raise InputError(f"{listing} lists no images")
-    locations = [tree.locate(f"{split}/{name}") for name in names]
+def _notes_on_numbers(data, own, model):
+    """Return a warning where the names of one side are numbers and the other side has labels without names.
 
-    def read(index):
-        return Example(names[index], locations[index].read(), labels[index])
-
-    return Source(len(names), read, max(labels) + 1, None, lambda: labels)
-
-
-def _open_classes(tree, split, classes):
-    """One folder a class; `classes` decides the labels, also of data that holds only some of them."""
-    what = f"{tree.path}/{split}"
-    present = sorted(tree.classes(split))
-    classes = tuple(present) if classes is None else tuple(classes)
-    rank = _rank(present, classes, what)
-    images = [
-        ("/".join(parts), rank[parts[0]], location)
-        for parts, location in tree.files(split)
-        if Path(parts[-1]).suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not images:
-        raise InputError(f"{what} holds no images in class folders, <class>/<image>")
-
-    def read(index):
-        name, label, location = images[index]
-        return Example(name, location.read(), label)
-
-    return Source(len(images), read, len(classes), classes, lambda: (label for _, label, _ in images))
+    Args:
+      data: what the data is called.
+      own: the names of its classes, or None.
+      model: those of the model that will read it, or None.
+    """
+    numbers = own or model
+    if not numbers or (own and model) or not are_numbers(numbers):
+        return ()
+    unnamed = "the model's labels" if own else "the data's labels"
+    pairs = ", ".join(f"{label} is class {name}" for label, name in enumerate(numbers[:3]))
+    text = f"the classes of {data} are numbers, but {unnamed} have no names: taken by their order, label {pairs}"
+    return (Note(logging.WARNING, f"{text}{', ...' if len(numbers) > 3 else ''}"),)

@@ -4,6 +4,7 @@ The result is a pure function of the source and the options.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -55,8 +56,17 @@ def plan_images(contents, source, name, out, options):
             Job(draft / _file_name(name, split, i, len(shards)), shard, None, contents.classes, options)
             for i, shard in enumerate(shards)
         ]
-    settings = {"source": str(path_of(source).absolute()), **dataclasses.asdict(options)}
+    settings = {"source": str(path_of(source).absolute()), **dataclasses.asdict(options), "images": _digest(contents)}
     return Plan(folder, draft, name, version, features, splits, settings)
+
+
+def _digest(contents):
+    """Return a hash of the images' names, order and labels."""
+    found = hashlib.sha256(repr(contents.classes).encode())
+    for split, entries in sorted(contents.splits.items()):
+        for entry in entries:
+            found.update(f"{split}/{entry.name} {entry.label}\n".encode())
+    return found.hexdigest()
 
 
 def plan_tfrecords(source, name, out):
@@ -152,7 +162,7 @@ def _claim(plan):
         (plan.draft / "notes").mkdir(parents=True, exist_ok=True)
         if settings.exists():
             if json.loads(settings.read_text(encoding="utf-8")) != plan.settings:
-                raise InputError(f"{plan.draft} was begun with another source or options; remove it to start anew")
+                raise InputError(f"{plan.draft} was begun with another source or options; remove it to start again")
         else:
             settings.write_text(json.dumps(plan.settings), encoding="utf-8")
     except OSError as error:

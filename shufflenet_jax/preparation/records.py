@@ -24,11 +24,16 @@ class StoreOptions:
 
 
 def features_for(classes):
-    """The features of a data set of labelled images, those of TFDS's imagenet2012."""
+    """Return the features of a data set of labelled images, those of TFDS's imagenet2012.
+
+    Args:
+      classes: the names of the labels, or their number.
+    """
+    labels = {"num_classes": classes} if isinstance(classes, int) else {"names": list(classes)}
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=list(classes)),
+            "label": tfds.features.ClassLabel(**labels),
             "file_name": tfds.features.Text(),
         }
     )

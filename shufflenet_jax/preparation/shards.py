@@ -26,7 +26,7 @@ class Job:
     target: Path
     entries: tuple = ()
     tfrecord: Path | None = None
-    classes: tuple = ()
+    classes: tuple | int = ()
     options: StoreOptions = field(default_factory=StoreOptions)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .. import checkpoint, parallel, progress
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
+from ..data.layout import report_notes
 from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import open_source
 from ..errors import InputError
@@ -178,14 +179,14 @@ def take_steps(run, state, start, batches):
 
 
 def open_sources(config):
-    train = open_source(config.data, config.train_split, data_dir=config.data_dir)
-    return train, open_source(
-        config.data,
-        config.eval_split,
-        data_dir=config.data_dir,
-        classes=train.classes,
-        num_classes=train.num_classes,
-    )
+    """Open the data to train and to evaluate on, and report what was decided and ignored."""
+    place = {"data_dir": config.data_dir, "val_share": config.val_share}
+    train = open_source(config.data, config.train_split, **place)
+    known = {"classes": train.classes, "num_classes": train.num_classes}
+    evaluated = open_source(config.data, config.eval_split, **place, **known)
+    if parallel.is_first():
+        report_notes((*train.notes, *evaluated.notes))
+    return train, evaluated
 
 
 def describe_model(config, source):

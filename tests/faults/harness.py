@@ -29,6 +29,7 @@ STARTING = 60  # A process may take besides, to import and to compile.
 MEMORY = 4 << 30  # Bytes it may hold.
 LASTING = 2 << 30  # A worker that holds more between two commands is replaced.
 READ = 100_000  # Characters of what it prints.
+REPORTS = ("error: ", "warning: ", "skipped: ", "no splits in ")  # What every command may say.
 
 
 class Answer(NamedTuple):
@@ -167,9 +168,7 @@ def faults_of(case, answer, before, after):
     """How an answer breaks the rule, by what lay in the case's folder before and after; [] if it does not."""
     faults = []
     errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
-    others = [
-        line for line in answer.stderr.splitlines() if line.strip() and not line.startswith(("error: ", "warning: "))
-    ]
+    others = [line for line in answer.stderr.splitlines() if line.strip() and not line.startswith(REPORTS)]
     if answer.status is None:
         faults.append(f"it hangs: {answer.stderr[-3000:]}")
     elif "Traceback" in answer.stderr + answer.stdout:

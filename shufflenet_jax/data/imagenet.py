@@ -1,0 +1,104 @@
+"""ImageNet as it is distributed: the challenge's tars, and the labels of validation images that lie in no folders."""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from ..errors import InputError
+from ..files import printable
+from .archives import read_tar, tree_of
+from .labels import imagenet_classes, validation_wnids
+from .layout import Entry, Layout, Part
+from .locations import Location
+from .trees import Skipped, Tree, walk
+
+SOLUTION, SOLUTION_ABOVE = "LOC_val_solution.csv", 3  # Kaggle's labels, and how far above the images they may lie.
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+TEST_NAME = re.compile(r"ILSVRC2012_test_\d{8}\.JPEG")  # Nobody has published their labels.
+OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
+WNID_TAR = re.compile(r"(n\d{8})\.tar")
+
+
+def labels_of_validation(images: Iterable[str], chain: list[Tree], path: Path) -> dict[str, str] | None:
+    """Return the WNID of each image of ImageNet's validation set, from Kaggle's table or else the challenge's list.
+
+    None where any image is not in there.
+    """
+    names = list(images)
+    table = _solution(chain, path)
+    if table:
+        labels = {name: table.get(PurePosixPath(name).stem) for name in names}
+    else:
+        wnids = validation_wnids()
+        numbers = {name: VALIDATION_NAME.fullmatch(name) for name in names}
+        labels = {
+            name: wnids[int(number[1]) - 1] if number and 1 <= int(number[1]) <= len(wnids) else None
+            for name, number in numbers.items()
+        }
+    found = {name: label for name, label in labels.items() if label}
+    return found if len(found) == len(names) else None
+
+
+def _solution(chain: list[Tree], path: Path) -> dict[str, str]:
+    """Return Kaggle's table of the validation set, {image: WNID}, from among the folders or above them, or {}."""
+    inside = (tree.files[SOLUTION] for tree in reversed(chain) if SOLUTION in tree.files)
+    above = islice(path.resolve().parents, SOLUTION_ABOVE)
+    beside = (Location(str(folder / SOLUTION)) for folder in above if (folder / SOLUTION).is_file())
+    location = next(inside, None) or next(beside, None)
+    if location is None:
+        return {}
+    rows = (line.partition(",") for line in location.read().decode(errors="replace").splitlines())
+    return {name.strip(): boxes.split()[0] for name, _, boxes in rows if boxes.strip()}
+
+
+def open_official(path: Path, top: Tree) -> Layout | None:
+    """Return the Layout of ILSVRC2012's tars: a folder that holds them, or one of them; None for anything else."""
+    tars = {split: top.files[name] for split, name in OFFICIAL.items() if name in top.files}
+    trees = {split: _inner_tar(where.path, where) for split, where in tars.items() if where.member is None}
+    if not trees and any(map(WNID_TAR.fullmatch, top.files)) and path.is_file():
+        trees = {"train": top}
+    readers = {"train": _read_train_tar, "validation": _read_validation_tar}
+    splits = {split: partial(readers[split], tree) for split, tree in trees.items()}
+    return Layout(str(path), splits) if splits else None
+
+
+def _inner_tar(name: str, where: Location) -> Tree:
+    """Open a tar that is a file, or a member of a tar."""
+    return tree_of(name, read_tar(Path(name), Path(where.path), max(where.offset, 0)))
+
+
+def _official_part(entries: list[Entry], skipped: Skipped) -> Part:
+    classes = tuple(imagenet_classes())
+    return Part(entries, classes, classes, len(classes), skipped)
+
+
+def _read_train_tar(tree: Tree) -> Part:
+    """Read a tar with a tar for each class."""
+    rank = {wnid: label for label, wnid in enumerate(imagenet_classes())}
+    entries, skipped = [], Skipped()
+    for skip in tree.listing.skips:
+        skipped.add(*skip)
+    for name in sorted({*tree.files, *tree.folders}):
+        wnid = name.removesuffix(".tar")
+        if wnid not in rank or name in tree.folders:
+            raise InputError(f"{tree.path} holds {printable(name)}, which is no class of ILSVRC2012")
+        inner = _inner_tar(f"{tree.path}/{name}", tree.files[name])
+        entries += [
+            Entry(printable(PurePosixPath(path).name), rank[wnid], where) for path, where in walk(inner, skipped)
+        ]
+    return _official_part(entries, skipped)
+
+
+def _read_validation_tar(tree: Tree) -> Part:
+    """Read a tar of images, whose labels are in the challenge's list."""
+    rank = {wnid: label for label, wnid in enumerate(imagenet_classes())}
+    wnids, skipped, entries = validation_wnids(), Skipped(), []
+    for path, where in walk(tree, skipped):
+        name = PurePosixPath(path).name
+        number = VALIDATION_NAME.fullmatch(name)
+        if not number or not 1 <= int(number[1]) <= len(wnids):
+            raise InputError(f"{tree.path} holds {printable(name)}, which is no image of ILSVRC2012's validation set")
+        entries.append(Entry(name, rank[wnids[int(number[1]) - 1]], where))
+    return _official_part(entries, skipped)
