@@ -56,19 +56,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(checkpoint: Any, **settings: Any) -> tuple[Any, Any]:
+def load(
+    checkpoint: Any, *, num_classes: int | None = None, in_chans: int | None = None, **settings: Any
+) -> tuple[Any, Any]:
     """The network in a checkpoint, for a Flax loop of your own.
 
     Args:
       checkpoint: a published name, a model directory, a training workdir (its best checkpoint, else the latest) or a
         .pth file.
+      num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
+      in_chans: channels of the images, where they are not the checkpoint's; as in `get_model`.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:
       (module, variables): a ShuffleNetV2 and its {"params", "batch_stats"} as NumPy arrays.
     Raises:
       InputError: a ValueError whose message is one line; nothing usable lies there.
     """
-    from .loading import load_model
+    from .inference import get_model
 
-    module, variables, _ = load_model(checkpoint, **settings)
-    return module, variables
+    model = get_model(checkpoint, True, num_classes=num_classes, in_chans=in_chans, **settings)
+    return model.module, model.variables

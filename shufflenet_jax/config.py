@@ -47,8 +47,8 @@ class Preprocess:
     backend: Literal["pillow", "cv2"]
     # Side of the square cut from the centre, in pixels.
     crop: int
-    # Order of the channels that the network expects; "L" is grey.
-    channel_order: Literal["RGB", "BGR", "L"]
+    # Order of the channels that the network expects; "L" is grey, "any" other channels than an image file has.
+    channel_order: Literal["RGB", "BGR", "L", "any"]
     # Multiplies the uint8 values, before mean and std.
     scale: float
     # Subtracted, then divided by: one value per channel in channel_order.
@@ -58,7 +58,7 @@ class Preprocess:
 
     def __post_init__(self):
         _require_types("preprocess", self)
-        channels = 1 if self.channel_order == "L" else 3
+        channels = {"L": 1, "any": max(1, len(self.mean))}.get(self.channel_order, 3)
         if not 0 < self.crop <= self.resize:
             raise InputError(f"preprocess.crop is {self.crop}, but must lie between 1 and preprocess.resize")
         if self.resize > MOST_SIDE:
@@ -71,6 +71,33 @@ class Preprocess:
     @property
     def channels(self):
         return len(self.mean)
+
+    def with_side(self, side: int, resize: int = 0) -> "Preprocess":
+        """Return the same for another side of the square, in pixels.
+
+        Args:
+          side: of the square.
+          resize: short side of the image before the square is cut; 0: 8/7 of `side`, and below 128 just that.
+        """
+        usual = round(side * 256 / 224) if side >= 128 else side  # Small images keep their borders.
+        return dataclasses.replace(self, resize=resize or usual, crop=side)
+
+    def with_channels(self, channels: int) -> "Preprocess":
+        """Return the same for a network of another number of channels.
+
+        Grey takes the mean of the means and of the deviations; other numbers repeat them in the order of RGB.
+        """
+        if channels == self.channels:
+            return self
+        in_rgb = slice(None, None, -1 if self.channel_order == "BGR" else 1)
+
+        def adapt(numbers: tuple[float, ...]) -> tuple[float, ...]:
+            if channels == 1:
+                return (sum(numbers) / len(numbers),)
+            return tuple(numbers[in_rgb][i % len(numbers)] for i in range(channels))
+
+        order: Literal["RGB", "L", "any"] = "L" if channels == 1 else "RGB" if channels == 3 else "any"
+        return dataclasses.replace(self, channel_order=order, mean=adapt(self.mean), std=adapt(self.std))
 
 
 VAL_SHARE = 0.2  # Of each class, where a folder of images has no splits.
@@ -175,6 +202,8 @@ class TrainConfig:
     initial: Initialization = "mmpretrain"
     # Whose way to decode, scale and normalise images; "digits" makes them grey.
     preprocessing: Literal["mmpretrain", "torchvision", "megvii", "cifar10", "digits"] = "mmpretrain"
+    # Channels of the images: 1 makes them grey, 3 coloured; 0: as `preprocessing` has them.
+    in_chans: int = 0
     # Side of the square input in training, in pixels.
     image_size: int = 224
     # Side of the square input in evaluation, in pixels; 0: image_size.
@@ -324,6 +353,10 @@ class TrainConfig:
         for name in ("momentum", "dropout", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if self.in_chans not in (0, 1, 3):
+            raise InputError(
+                f"in_chans is {self.in_chans}, but images have 1 (grey) or 3 channels; 0: as preprocessing"
+            )
         if self.width not in CHANNELS:
             raise InputError(f"width is {self.width}, but must be one of {', '.join(map(str, CHANNELS))}")
         if not self.temperature > 0:
@@ -343,10 +376,6 @@ class TrainConfig:
         return tuple(name for name in LAYERS if name in named or "backbone" in named)
 
     @property
-    def in_chans(self):
-        return PREPROCESSING[self.preprocessing].channels
-
-    @property
     def preprocess(self):
         """How evaluation prepares an image for the network that this configuration trains."""
         return self._preprocess(self.eval_size or self.image_size, self.eval_resize)
@@ -357,8 +386,8 @@ class TrainConfig:
         return self._preprocess(self.image_size, 0)
 
     def _preprocess(self, side, resize):
-        resize = resize or (round(side * 256 / 224) if side >= 128 else side)  # Small images keep their borders.
-        return dataclasses.replace(PREPROCESSING[self.preprocessing], resize=resize, crop=side)
+        preprocess = PREPROCESSING[self.preprocessing]
+        return preprocess.with_channels(self.in_chans or preprocess.channels).with_side(side, resize)
 
 
 # What a setting was before it existed, where its default is something else.

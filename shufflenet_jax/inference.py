@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 from .checkpoint import module_of
-from .config import ModelInfo, Preprocess
+from .config import ModelInfo
 from .data import geometry
 from .data.labels import class_name, imagenet_classes
 from .deploy import compile_deployed, deploy
 from .errors import InputError
 from .files import path_of, read_file
 from .forward import forward
-from .loading import load_model
+from .loading import adapt_channels, load_model
 from .model import ShuffleNetV2, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
@@ -142,7 +142,9 @@ def get_model(
       pretrained: load the published weights (downloaded on first use); a name alone gives fresh ones. A checkpoint of
         your own always brings its weights.
       num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
-      in_chans: 1 for grey images; the first convolution takes the sum of its weights over the colours.
+      in_chans: channels of the images. For 1, grey, the first convolution takes the sum of its weights over the
+        colours; for others it repeats them and scales them down (see `loading.adapt_channels`). Image files have
+        colours or grey: give a model of other channels arrays.
       seed: of what is made anew.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`.
     Raises:
@@ -176,17 +178,17 @@ def published_info(name: str) -> ModelInfo:
 
 def _adapted(module, variables, info, num_classes, in_chans, seed):
     """The Model with another classifier or first convolution."""
-    if in_chans not in (info.in_chans, 1):
-        known = " or ".join(map(str, sorted({1, info.in_chans})))
-        raise InputError(f"in_chans is {in_chans}, but must be {known} for these weights")
+    if in_chans < 1:
+        raise InputError(f"in_chans is {in_chans}, but must be 1 or more")
     if num_classes < 0:
         raise InputError(f"num_classes is {num_classes}, but must be 1 or more, or 0 for no classifier")
     if num_classes and not info.conv5:
         raise InputError("the network ends with stage4, where no classifier fits; leave num_classes out")
+    variables, preprocess = adapt_channels(variables, info.preprocess, in_chans)
     params = dict(variables["params"])
     changes = {"num_classes": num_classes, "in_chans": in_chans}
     module = module.clone(**changes)
-    changes["sha256"] = None
+    changes |= {"preprocess": preprocess, "sha256": None}
     if num_classes != info.num_classes:
         params.pop("fc", None)
         if num_classes:
@@ -194,16 +196,8 @@ def _adapted(module, variables, info, num_classes, in_chans, seed):
             params["fc"] = jax.tree.map(np.asarray, fresh)
         changes |= {"classes": None, "metrics": None}
     if in_chans != info.in_chans:
-        conv1 = params["conv1"]
-        kernel = conv1["conv"]["kernel"].sum(2, keepdims=True)
-        params["conv1"] = {**conv1, "conv": {**conv1["conv"], "kernel": kernel}}
-        changes |= {"preprocess": _grey(info.preprocess), "metrics": None}
+        changes["metrics"] = None
     return Model(module, {**variables, "params": params}, dataclasses.replace(info, **changes))
-
-
-def _grey(preprocess: Preprocess) -> Preprocess:
-    mean, std = (float(np.mean(values)) for values in (preprocess.mean, preprocess.std))
-    return dataclasses.replace(preprocess, channel_order="L", mean=(mean,), std=(std,))
 
 
 def inference_model(model: Model | str | Path, image: Any) -> dict[str, Any]:

@@ -1,6 +1,11 @@
 """What a checkpoint may be, and how each of its forms becomes a network."""
 
+from typing import Any
+
+import numpy as np
+
 from .checkpoint import load_directory
+from .config import Preprocess
 from .errors import InputError
 from .exports.tensors import read_safetensors
 from .files import cache_dir, hash_of, locked, path_of
@@ -36,6 +41,36 @@ def load_model(checkpoint, *, ema=False, **settings):
     if path.is_file():
         return load_directory(_converted(path, ema), **settings)
     return load_directory(path, ema=ema, **settings)
+
+
+def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tuple[Any, Preprocess]:
+    """Give a trained network's first convolution another number of input channels.
+
+    Grey takes the sum of the weights, which sees a grey image as the network saw it in colours. Other numbers repeat
+    the weights, those of colours in the order red, green, blue, and divide them by how many more there are, which is
+    timm's rule: where all channels are equal, nothing changes.
+
+    Args:
+      variables: {"params", "batch_stats"} as NumPy arrays; not changed.
+      preprocess: how the network's images are prepared.
+      in_chans: channels from now on, 1 or more.
+    Returns:
+      (variables, preprocess) for images of `in_chans` channels.
+    """
+    adapted = preprocess.with_channels(in_chans)
+    if adapted is preprocess:
+        return variables, preprocess
+    params = dict(variables["params"])
+    kernel = np.asarray(params["conv1"]["conv"]["kernel"])  # (3, 3, channels, 24)
+    if in_chans == 1:
+        kernel = kernel.sum(2, keepdims=True)
+    else:
+        before = kernel.shape[2]
+        if preprocess.channel_order == "BGR":
+            kernel = kernel[:, :, ::-1]
+        kernel = kernel[:, :, np.arange(in_chans) % before] * np.asarray(before / in_chans, kernel.dtype)
+    params["conv1"] = {**params["conv1"], "conv": {**params["conv1"]["conv"], "kernel": kernel}}
+    return {**variables, "params": params}, adapted
 
 
 def _converted(path, ema):

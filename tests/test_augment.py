@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import math
+from functools import partial
 
 import cv2
 import numpy as np
@@ -147,6 +148,16 @@ def test_color_jitter_draws_three_factors_and_their_order():
         kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         image = kinds[position](image).enhance(factors[position])
     assert_array_equal(augmentation.color_jitter(data, np.random.default_rng(5), 0.4), image)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_grey_images_are_augmented_as_colours_that_are_equal(seed):
+    grey = np.random.default_rng(0).integers(0, 256, (16, 12, 1), np.uint8)
+    for change in (augmentation.trivial_augment, partial(augmentation.color_jitter, strength=0.4)):
+        ours = change(grey, np.random.default_rng(seed))
+        theirs = change(grey.repeat(3, -1), np.random.default_rng(seed))
+        # Pillow rounds when it makes grey of colours, as saturation and contrast do.
+        assert_allclose(ours.repeat(3, -1).astype(int), theirs, atol=3)
 
 
 def test_every_trivial_operation_but_identity_changes_a_picture_at_full_strength():

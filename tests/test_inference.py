@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,9 +21,11 @@ from small_training import few_units
 import shufflenet_jax as snet
 from shufflenet_jax import published
 from shufflenet_jax.commands import from_torch, predict
+from shufflenet_jax.config import MEGVII_EVAL
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.files import hash_of
+from shufflenet_jax.loading import adapt_channels
 
 CARD = "shufflenet-v2-1x_16xb64_in1k"
 
@@ -349,6 +352,40 @@ def test_pillow_images_get_the_class_of_their_file(mode, ten, tmp_path):
     assert_array_equal(scores, expected)
 
 
+@pytest.mark.parametrize("in_chans", [2, 4, 7])
+def test_other_channels_repeat_the_weights_of_the_colours_and_divide_them(in_chans, ten, ten_classes):
+    model = snet.get_model(ten_classes[0], in_chans=in_chans)
+    kernel, colours = (m.variables["params"]["conv1"]["conv"]["kernel"] for m in (model, ten))
+    for i in range(in_chans):
+        assert_allclose(kernel[:, :, i], colours[:, :, i % 3] * 3 / in_chans, rtol=1e-6)
+    assert model.info.preprocess.mean == tuple(ten.info.preprocess.mean[i % 3] for i in range(in_chans))
+    assert model(np.zeros((1, 64, 64, in_chans), np.uint8)).shape == (1, 10)
+    module, variables = snet.load(ten_classes[0], in_chans=in_chans, num_classes=0)
+    assert module == model.module.clone(num_classes=0) and "fc" not in variables["params"]
+    assert f"(B, H, W, {in_chans})" in one_line(model, IMAGES)
+    assert f"the network takes {in_chans} channels" in one_line(model.preprocess, np.asarray(drawn()))
+
+
+def test_equal_channels_give_a_network_of_any_number_of_them_the_same_logits(ten, ten_classes):
+    inputs = np.random.default_rng(1).normal(size=(1, 64, 64, 1)).astype(np.float32)
+    six, back = (snet.get_model(ten_classes[0], in_chans=n) for n in (6, 3))
+    assert back.variables is not six.variables and back.info == ten.info
+    # The sums of six products come in another order than those of three.
+    assert_allclose(six(inputs.repeat(6, -1)), ten(inputs.repeat(3, -1)), rtol=1e-4, atol=1e-4)
+
+
+def test_blue_first_becomes_red_first_where_channels_are_repeated():
+    kernel = np.arange(3.0, dtype=np.float32).reshape(1, 1, 3, 1)
+    variables = {"params": {"conv1": {"conv": {"kernel": kernel}}}}
+    preprocess = dataclasses.replace(MEGVII_EVAL, mean=(1.0, 2.0, 3.0))
+    adapted, taken = adapt_channels(variables, preprocess, 4)
+    assert_array_equal(adapted["params"]["conv1"]["conv"]["kernel"].ravel(), np.float32([2, 1, 0, 2]) * 3 / 4)
+    assert (taken.mean, taken.channel_order) == ((3.0, 2.0, 1.0, 3.0), "any")
+    again, preprocess = adapt_channels(adapted, taken, 1)
+    assert_allclose(again["params"]["conv1"]["conv"]["kernel"].ravel(), [15 / 4])
+    assert (preprocess.mean, preprocess.channel_order) == ((9 / 4,), "L")
+
+
 def test_images_are_prepared_from_paths_bytes_and_arrays_alike(ten, tmp_path):
     image = drawn()
     image.save(tmp_path / "bird.png")
@@ -388,8 +425,8 @@ def test_what_is_no_model_is_refused_in_one_line(ten_classes, tmp_path):
         (("shufflenet_v2_x9_9",), {"pretrained": True}, "none is published under this name"),
         (("shufflenet_v2_x9_9",), {}, "shufflenet_v2_x0_5"),
         ((tmp_path,), {}, "no model at"),
-        ((ten_classes[0],), {"in_chans": 4}, "must be 1 or 3"),
-        ((ten_classes[0],), {"in_chans": 0}, "must be 1 or 3"),
+        ((ten_classes[0],), {"in_chans": 0}, "in_chans is 0, but must be 1 or more"),
+        ((ten_classes[0],), {"in_chans": -3}, "must be 1 or more"),
         ((ten_classes[0],), {"num_classes": -1}, "num_classes is -1"),
     ]
     for arguments, settings, told in cases:

@@ -23,6 +23,7 @@ from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import train_batches
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
+from shufflenet_jax.inference import get_model
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.recipes import PRESETS
 from shufflenet_jax.training import loop
@@ -166,6 +167,7 @@ def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(train
         ("--width", 1.0, "--init-from", trained): "has width 0.5",
         ("--init-from", tmp_path / "none"): "no model at",
         ("--freeze", "stage1,fc"): "freeze names",
+        ("--in-chans", 4): "images have 1 (grey) or 3 channels",
     }
     for words, reason in cases.items():
         assert reason in refused(train.main, *SMALL, *words, "--workdir", tmp_path / "other"), words
@@ -183,6 +185,41 @@ def test_other_classes_reinitialize_the_classifier(ten_classes, caplog):
     assert "reinitialized: fc" in caplog.text and "normalized in another way" in caplog.text
     assert found["params"].pop("fc")["kernel"].shape == (1024, 3) and stored["params"].pop("fc")
     jax.tree.map(assert_array_equal, found, stored)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_a_network_for_colours_begins_a_training_of_other_channels_as_get_model_adapts_it(
+    in_chans, ten_classes, caplog
+):
+    model, _ = ten_classes
+    expected = get_model(model, in_chans=in_chans)
+    config = TrainConfig(data="x", width=0.5, init_from=str(model), in_chans=in_chans if in_chans < 4 else 0)
+    caplog.set_level(logging.INFO, "shufflenet_jax")
+    jax.tree.map(assert_array_equal, initial_variables(expected.module, config, expected.info), expected.variables)
+    assert ("conv1 takes" in caplog.text) == (in_chans != 3)
+    assert config.preprocess.channels == (in_chans if in_chans < 4 else 3)
+
+
+def test_a_stem_of_another_stride_is_warned_of(ten_classes, caplog):
+    model, _ = ten_classes
+    module, _, info = load_model(model)
+    small = dataclasses.replace(info, small_stem=True)
+    initial_variables(module, TrainConfig(data="x", width=0.5, init_from=str(model)), info)
+    assert not caplog.text
+    config = TrainConfig(data="x", width=0.5, init_from=str(model), small_stem=True)
+    initial_variables(module.clone(small_stem=True), config, small)
+    assert "stride 2 with a max pool, and the network to train has a stem of stride 1" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "in_chans"), [("digits", 3), ("cifar10", 1), ("in1k_megvii", 1)])
+def test_images_have_the_channels_asked_for_whatever_the_preprocessing(name, in_chans):
+    config = dataclasses.replace(
+        PRESETS[name], in_chans=in_chans, image_size=16, batch_size=8, color_jitter=0.4, trivial_augment=True
+    )
+    source = open_source("digits", "train")
+    assert next(iter(train_batches(source, config, stop_step=1)))["images"].shape == (8, 16, 16, in_chans)
+    info = loop.describe_model(config, source)
+    assert info.in_chans == info.preprocess.channels == in_chans
 
 
 def test_stored_predictions_travel_with_their_examples(trained, tmp_path, call):

@@ -104,12 +104,17 @@ def random_shift(pixels, rng, reach):
 
 def color_jitter(pixels, rng, strength):
     """Brightness, contrast and saturation, each times U(1 - strength, 1 + strength), in random order."""
-    image = Image.fromarray(pixels)
+    image = _as_picture(pixels)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = rng.uniform(max(0, 1 - strength), 1 + strength, size=3)
     for position in rng.permutation(3):
         image = enhancers[position](image).enhance(factors[position])
-    return np.asarray(image)
+    return np.asarray(image).reshape(pixels.shape)
+
+
+def _as_picture(pixels: np.ndarray) -> Image.Image:
+    """Make a Pillow image of a uint8 array (H, W, 3) or (H, W, 1)."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _affine(image, *matrix):
@@ -140,12 +145,12 @@ TRIVIAL = {
 
 
 def trivial_augment(pixels, rng):
-    """TrivialAugmentWide: one operation out of fourteen, at one of 31 strengths. uint8 (H, W, 3) both."""
+    """TrivialAugmentWide: one operation out of fourteen, at one of 31 strengths. uint8 (H, W, C) both."""
     signed, operation = list(TRIVIAL.values())[rng.integers(len(TRIVIAL))]
     strength = rng.integers(MAGNITUDES) / (MAGNITUDES - 1)
     if signed and rng.random() < 0.5:
         strength = -strength
-    return np.asarray(operation(Image.fromarray(pixels), strength))
+    return np.asarray(operation(_as_picture(pixels), strength)).reshape(pixels.shape)
 
 
 def erased_rectangle(shape, rng):

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from ..errors import InputError
 from .decoding import pixels_of
 
 
@@ -19,7 +20,14 @@ def prepare(image, preprocess, name="image"):
       name: what errors call the image.
     Returns:
       uint8 (crop, crop, C), RGB or grey.
+    Raises:
+      InputError: the image is damaged, or the network takes other channels than images have.
     """
+    if preprocess.channel_order == "any":
+        raise InputError(
+            f"the network takes {preprocess.channels} channels, but image {name} has 3 or 1; give the model arrays "
+            "(B, H, W, C) in Python"
+        )
     return center_crop(resize_short_side(pixels_of(image, preprocess, name), preprocess), preprocess.crop)
 
 

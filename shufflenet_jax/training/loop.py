@@ -191,9 +191,10 @@ def open_sources(config):
 
 def describe_model(config, source):
     """The model.json of the network that a run trains."""
-    names = ("width", "layout", "small_stem", "in_chans", "dropout")
+    names = ("width", "layout", "small_stem", "dropout")
     return ModelInfo(
         **{name: getattr(config, name) for name in names},
+        in_chans=config.preprocess.channels,
         num_classes=source.num_classes,
         classes=source.classes,
         preprocess=config.preprocess,
