@@ -77,7 +77,7 @@ def lively_network(dialect, width=0.5, num_classes=10, *, seed=0, **settings):
                 module.weight.normal_(0, fan**-0.5, generator=generator)
                 if module.bias is not None:
                     module.bias.normal_(generator=generator)
-        network.train()(torch.randn(8, 3, 64, 64, generator=generator))
+        network.train()(torch.randn(8, settings.get("in_chans", 3), 64, 64, generator=generator))
     return network.eval()
 
 

@@ -452,10 +452,11 @@ def read_or_explained(tmp_path, call):
     "prefix",
     [
         "module.",
-        *(
-            pytest.param(prefix, marks=fault(reason="convert does not know the prefix, and sees another network"))
-            for prefix in ("_orig_mod.", "model.", "net.", "model.backbone.", "module.module.")
-        ),
+        "_orig_mod.",
+        "model.",
+        "net.",
+        "model.backbone.",
+        "module.module.",
     ],
 )
 def test_convert_reads_or_explains_the_prefixes_of_wrappers(prefix, network, read_or_explained):
@@ -467,11 +468,7 @@ def test_convert_reads_or_explains_the_prefixes_of_wrappers(prefix, network, rea
 
 @pytest.mark.parametrize(
     "key",
-    [
-        "model",
-        pytest.param("model_state_dict", marks=fault(reason="convert finds no state dict under this key")),
-        pytest.param("net", marks=fault(reason="convert finds no state dict under this key")),
-    ],
+    ["model", "model_state_dict", "net"],
 )
 def test_convert_reads_or_explains_the_keys_of_training_loops(key, network, read_or_explained):
     """Read what PyTorch's tutorials and their followers store beside the epoch."""
@@ -479,7 +476,6 @@ def test_convert_reads_or_explains_the_keys_of_training_loops(key, network, read
     read_or_explained({key: tensors, "epoch": 3}, tensors["fc.bias"], key)
 
 
-@fault(reason="convert calls a TorchScript file damaged")
 def test_convert_knows_torchscript(tmp_path, refused):
     """Name the kind of file, and say how to save the weights."""
     with warnings.catch_warnings():
@@ -489,7 +485,6 @@ def test_convert_knows_torchscript(tmp_path, refused):
     assert "TorchScript" in line and "torch.save" in line and "damaged" not in line
 
 
-@fault(reason="convert does not look for state_dict_ema")
 def test_convert_reads_the_averages_of_timm(network, read_or_explained):
     """Take the averages from where timm stores them."""
     raw = network.state_dict()
@@ -500,10 +495,7 @@ def test_convert_reads_the_averages_of_timm(network, read_or_explained):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        pytest.param((), id="raw", marks=fault(reason="convert refuses the options that torchvision stores")),
-        pytest.param(("--ema",), id="averaged", marks=fault(reason="convert refuses the options of torchvision")),
-    ],
+    [pytest.param((), id="raw"), pytest.param(("--ema",), id="averaged")],
 )
 def test_convert_reads_or_explains_what_torchvision_trains(options, network, read_or_explained):
     """Read a file with the training's options in it, or name their type."""
@@ -522,7 +514,6 @@ def cifar_file(network, tmp_path):
     return tmp_path / "cifar10_shufflenetv2_x0_5.pt"
 
 
-@fault(reason="convert has no option for the stem that files cannot describe")
 def test_convert_takes_the_small_stem_as_an_option(network, cifar_file, tmp_path, call):
     """Compute what the network computes whose first convolution has stride 1 and no max pool behind it."""
     status, _, stderr = call(from_torch.main, cifar_file, "--out", tmp_path / "model", "--no-verify", "--small-stem")
@@ -538,7 +529,6 @@ def test_convert_takes_the_small_stem_as_an_option(network, cifar_file, tmp_path
     assert_allclose(np.asarray(logits), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@fault(reason="convert assumes ImageNet's stem and says nothing")
 def test_convert_warns_where_shapes_cannot_tell_the_stem(cifar_file, tmp_path, call):
     """Say that a stem with another stride would have the same shapes."""
     status, _, stderr = call(from_torch.main, cifar_file, "--out", tmp_path / "model", "--no-verify")
@@ -552,13 +542,8 @@ DISHES = tuple(f"dish{i}" for i in range(1000))
     ("meta", "first"),
     [
         pytest.param({}, "n01440764", id="no names"),
-        pytest.param({"CLASSES": DISHES}, "dish0", id="names of 0.x", marks=fault(reason="gets ImageNet's names")),
-        pytest.param(
-            {"dataset_meta": {"classes": DISHES}},
-            "dish0",
-            id="names of 1.x",
-            marks=fault(reason="gets ImageNet's names"),
-        ),
+        pytest.param({"CLASSES": DISHES}, "dish0", id="names of 0.x"),
+        pytest.param({"dataset_meta": {"classes": DISHES}}, "dish0", id="names of 1.x"),
     ],
 )
 def test_a_thousand_classes_keep_their_own_names(meta, first, network, tmp_path, call):

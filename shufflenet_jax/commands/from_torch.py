@@ -1,26 +1,56 @@
 """`convert/from_torch.py`: a published PyTorch checkpoint becomes a model directory, with proof."""
 
+import argparse
 from pathlib import Path
 
 from .. import checkpoint
+from ..config import PREPROCESSING
 from ..model import describe
 from ..porting import convert
 from ..porting.dialects import DIALECTS
-from .parsing import CommandLine
+from .parsing import CommandLine, positive_integer
 
 DESCRIPTION = "Convert a PyTorch ShuffleNetV2 checkpoint into a model directory, and prove that both compute the same."
 
 
 def main(argv):
     parser = CommandLine(prog="from_torch.py", description=DESCRIPTION)
-    parser.add_argument("ckpt", help="the PyTorch file: legacy or zip, of MMPretrain, torchvision, Megvii or ericsun99")
+    parser.add_argument(
+        "ckpt",
+        help="the PyTorch file, with the names of MMPretrain, torchvision, Megvii or ericsun99: a state dict, what a "
+        "training saved around one, a pickled module or a TorchScript program",
+    )
     parser.add_argument("--out", help="the model directory to write (default: the file's name without ending, here)")
     parser.add_argument("--dialect", choices=DIALECTS, help="insist on this naming instead of recognising it")
     parser.add_argument(
         "--ema",
         action="store_true",
-        help="take ema_state_dict instead of state_dict; MMEngine's hook stores the averaged weights in state_dict, "
-        "and the raw ones under this name",
+        help="take the averaged weights (state_dict_ema, model_ema, ema_state_dict, ...); MMEngine's hook stores the "
+        "averages in state_dict, and the raw weights under ema_state_dict",
+    )
+    stated = parser.add_argument_group("what a file does not show")
+    stated.add_argument(
+        "--small-stem",
+        action=argparse.BooleanOptionalAction,
+        help="the first convolution has stride 1 and no max pool follows, as in networks for CIFAR (default: what a "
+        "pickled module says, else no)",
+    )
+    stated.add_argument(
+        "--preprocessing",
+        choices=PREPROCESSING,
+        help="whose way to decode, scale and normalise images (default: that of the project whose names the file has)",
+    )
+    stated.add_argument(
+        "--image-size",
+        metavar="PIXELS",
+        type=positive_integer,
+        help="side of the square input (default: the preprocessing's, 224 or for cifar10 and digits 32)",
+    )
+    stated.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="class names in the order of the labels, one a line (default: those in the file, else for 1000 classes "
+        "ImageNet's)",
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if there is one")
@@ -28,9 +58,14 @@ def main(argv):
 
     out = Path(options.out or Path(options.ckpt).stem)
     file = convert.read(options.ckpt, ema=options.ema)
-    convert.warn_if_outdated(file)
     checkpoint.require_free(out, overwrite=options.overwrite)
-    conversion = convert.convert(file, dialect=options.dialect)
+    statements = convert.Statements(
+        small_stem=options.small_stem,
+        preprocessing=options.preprocessing,
+        image_size=options.image_size,
+        classes=convert.read_classes(options.classes) if options.classes else None,
+    )
+    conversion = convert.convert(file, dialect=options.dialect, statements=statements)
     print(f"{file.name}: {conversion.dialect}, {describe(conversion.module)}")
     if not options.no_verify:
         rows = convert.verify(conversion)

@@ -70,8 +70,8 @@ def load_torch(path, model, dialect):
 
     from ..porting import reference
 
-    content, module = torch.load(path, weights_only=True), model.module
-    network = reference.NETWORKS[dialect](module.width, module.num_classes, conv5=module.conv5)
+    content = torch.load(path, weights_only=True)
+    network = reference.network_like(model.module, dialect)
     network.load_state_dict(content.get("state_dict", content))
     network.eval()
 

@@ -1,11 +1,9 @@
-"""A published PyTorch checkpoint becomes a model directory: read without running code, recognised, converted, proven.
+"""A PyTorch checkpoint becomes a model directory: mapped to Flax and compared with PyTorch stage by stage; and back."""
 
-Files: legacy and zip, MMPretrain 0.x and 1.x, torchvision, Megvii, ericsun99.
-"""
-
-import sys
-import warnings
+import logging
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,118 +12,40 @@ import torch
 
 from .. import checkpoint
 from ..architecture import FEATURES
-from ..config import ModelInfo
+from ..config import PREPROCESSING, ModelInfo, Preprocess
 from ..data import normalization
 from ..data.labels import imagenet_classes
 from ..errors import InputError
-from ..files import hash_of, path_of
+from ..files import path_of, read_file
+from ..model import ShuffleNetV2
+from ..published import PUBLISHED
 from . import dialects, reference
+from .torch_files import TorchFile, read
+
+logger = logging.getLogger(__name__)
 
 # Shares of a stage's largest value. float64 rounds 1e-16 an operation, float32 6e-8, some 50 layers deep; random
 # weights amplify that, trained ones hardly.
 EXACT, TOLERANCE = 1e-9, 1e-5
+NUMBER = re.compile(r"(c|cls|class|label)?[ _-]?\d+", re.IGNORECASE)  # No name, but what stands for one.
 OUTDATED = {"8860eec9": "an early model of 68.89 / 88.41; the published 69.55 / 88.92 are 20200812-5bf4721e's"}
 
 
-class Inert:
-    """Stands in for the training history that MMPretrain 1.x pickles beside the weights; does nothing."""
-
-    def __new__(cls, *_, **__):
-        return super().__new__(cls)
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-# What MMEngine's message hub holds. None of the real objects is imported, not even `getattr`.
-STAND_INS = [
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "mmengine.config.config.ConfigDict",
-    "builtins.getattr",
-    "collections.deque",
-    "numpy.ndarray",
-    "numpy.dtype",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *(f"numpy.dtypes.{name}DType" for name in ("Float32", "Float64", "Int32", "Int64", "Bool")),
-]
-
-
 @dataclass(frozen=True)
-class TorchFile:
-    """What a checkpoint file holds that matters here."""
+class Statements:
+    """What its user says of a network, because its file does not: None leaves it to the file, or to a guess.
 
-    tensors: dict  # {key: NumPy array}
-    classes: tuple | None  # Class names, where the file gives them.
-    name: str
-    sha256: str
-
-
-def read(path, *, ema=False):
-    """Reads a PyTorch checkpoint; nothing in it is run.
-
-    Args:
-      path: the file.
-      ema: take the averaged weights which the training kept beside the others.
-    Raises:
-      InputError: the file is missing, damaged, no checkpoint, or would have to run code.
+    Attributes:
+      small_stem: whether the first convolution has stride 1 and no max pool follows, as for images of 16 to 64 pixels.
+      preprocessing: whose way to prepare images, a name of config.PREPROCESSING.
+      image_size: side of the square input, in pixels.
+      classes: name of each label.
     """
-    path = path_of(path)
-    sha256 = hash_of(path)
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What PyTorch warns of ends in the errors below.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Damaged files raise almost anything.
-        if "Unsupported" in str(error) or "blocked" in str(error):
-            told = "holds objects that are not tensors, which could run code; it was not loaded"
-        else:
-            told = "is damaged or not a PyTorch file; fetch it again"
-        raise InputError(f"checkpoint {path} {told}") from error
 
-    tensors, meta = _unwrap(content, path, ema=ema)
-    if not tensors or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
-        raise InputError(f"checkpoint {path} holds no state dict: no table of names and tensors; give one that does")
-    try:
-        arrays = {key: _numpy(value) for key, value in tensors.items()}
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise InputError(
-            f"checkpoint {path} holds sparse, quantised, expanded or empty tensors; store plain ones"
-        ) from error
-    return TorchFile(arrays, _classes(meta), path.name, sha256)
-
-
-def _unwrap(content, path, *, ema):
-    """The state dict inside a training file, and MMPretrain's `meta`."""
-    if not isinstance(content, dict):
-        raise InputError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict; give one that does")
-    if ema:
-        averaged = next((content[key] for key in ("ema_state_dict", "model_ema") if key in content), None)
-        if not isinstance(averaged, dict):
-            raise InputError(f"checkpoint {path} holds no averaged weights; leave `ema` out")
-        # The averaging itself counts its updates beside the weights.
-        tensors = {key: value for key, value in averaged.items() if key not in ("steps", "n_averaged")}
-    else:
-        tensors = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    meta = content.get("meta")
-    return tensors, meta if isinstance(meta, dict) else {}
-
-
-def _classes(meta):
-    """Class names in MMPretrain's spelling of 0.x or 1.x."""
-    dataset = meta.get("dataset_meta")
-    names = meta.get("CLASSES", dataset.get("classes") if isinstance(dataset, dict) else None)
-    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
-
-
-def _numpy(tensor):
-    """Half types widened, which loses nothing. Raises TypeError where a few stored numbers stand for many."""
-    tensor = tensor.detach()
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise TypeError("expanded")
-    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+    small_stem: bool | None = None
+    preprocessing: str | None = None
+    image_size: int | None = None
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,41 +59,153 @@ class Conversion:
     tensors: dict  # As in the file, under the dialect's own keys.
 
 
-def convert(file, *, dialect=None):
-    """Maps a checkpoint's tensors to Flax variables.
+def convert(file: TorchFile, *, dialect: str | None = None, statements: Statements = Statements()) -> Conversion:
+    """Map a checkpoint's tensors to Flax variables; say in warnings what neither the file nor its user says.
 
     Args:
       file: a TorchFile.
       dialect: a name from dialects.DIALECTS to insist on; by default whichever fits.
+      statements: what the user says of the network.
     Raises:
-      InputError: it is not a ShuffleNetV2, another dialect, or incomplete.
+      InputError: it is not a ShuffleNetV2, another dialect, incomplete, or not as its user says.
     """
-    spoken = dialects.recognize(file.tensors)
-    if dialect not in (None, spoken):
-        raise InputError(f"{file.name} speaks {spoken}, not {dialect}; leave `dialect` out or correct it")
-    rules = dialects.DIALECTS[spoken]
-    tensors = dialects.canonical(file.tensors, rules)
-    module = dialects.module_for(tensors, rules)
+    if dialect not in (None, file.dialect):
+        raise InputError(f"{file.name} speaks {file.dialect}, not {dialect}; leave `dialect` out or correct it")
+    rules = dialects.DIALECTS[file.dialect]
+    module = dialects.module_for(file.tensors, rules)
     try:
-        variables, counts = dialects.from_torch(tensors, rules, module)
+        variables, counts = dialects.from_torch(file.tensors, rules, module)
     except InputError as error:
         raise InputError(f"{file.name}: {error}") from error
+    stated = (file.small_stem, statements.small_stem)
+    module = module.clone(small_stem=bool(stated[0] if stated[1] is None else stated[1]))
+    preprocess = _preprocess(statements, rules, module, file.name)
+    classes, guesses = _label_names(module.num_classes, file, statements.classes)
     info = ModelInfo(
         width=module.width,
         layout=module.layout,
         num_classes=module.num_classes,
+        in_chans=module.in_chans,
+        small_stem=module.small_stem,
         conv5=module.conv5,
-        classes=_label_names(module.num_classes, file.classes),
-        preprocess=rules.preprocess_of(module.width),
-        source={"file": file.name, "sha256": file.sha256, "dialect": spoken, "batches_tracked": counts},
+        classes=classes,
+        preprocess=preprocess,
+        source={"file": file.name, "sha256": file.sha256, "dialect": file.dialect, "batches_tracked": counts},
     )
-    return Conversion(module, variables, info, spoken, tensors)
+    guesses += _guesses(file, statements, info)
+    for note in file.notes:
+        logger.info("%s", note)
+    for warning in (*file.warnings, *_outdated(file), *([] if _is_published(file) else guesses)):
+        logger.warning("%s", warning)
+    return Conversion(module, variables, info, file.dialect, file.tensors)
 
 
-def _label_names(num_classes, named):
-    if num_classes == 1000:  # ImageNet, whatever a file may call its classes.
-        return tuple(imagenet_classes())
-    return named if named and len(named) == num_classes else None
+def _preprocess(statements: Statements, rules: dialects.Dialect, module: ShuffleNetV2, name: str) -> Preprocess:
+    """Return how images are prepared: as stated, else as the dialect's authors do."""
+    stated = statements.preprocessing
+    if stated is None or stated in dialects.DIALECTS:
+        preprocess = (dialects.DIALECTS[stated] if stated else rules).preprocess_of(module.width)
+    else:
+        preprocess = PREPROCESSING[stated]
+        if preprocess.channels not in (3, module.in_chans):
+            raise InputError(
+                f"{name} takes images of {module.in_chans} channels, but `preprocessing` {stated} makes them grey; "
+                "choose another one"
+            )
+    preprocess = preprocess.with_channels(module.in_chans)
+    return (
+        preprocess.with_side(side)
+        if (side := statements.image_size or preprocess.crop) != preprocess.crop
+        else preprocess
+    )
+
+
+def _label_names(
+    num_classes: int, file: TorchFile, stated: tuple[str, ...] | None
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Return the class names, and what was guessed: those of ImageNet where nothing speaks against them."""
+    if stated:
+        if len(stated) != num_classes:
+            raise InputError(f"`classes` names {len(stated)}, but the classifier of {file.name} has {num_classes}")
+        return stated, []
+    named = file.classes
+    numbered = num_classes == 1000 and named and all(NUMBER.fullmatch(name) for name in named)
+    if named and not numbered and len(named) == num_classes:
+        return (tuple(imagenet_classes()) if _are_imagenets(named) else named), []
+    if named and num_classes and not numbered:
+        return None, [
+            f"{file.name} names {len(named)} classes, but its classifier has {num_classes}; they stay unnamed"
+        ]
+    if num_classes != 1000:
+        return None, []
+    return tuple(imagenet_classes()), [
+        f"{file.name} {'has numbers for' if numbered else 'names none of'} its 1000 classes: ImageNet's names are "
+        "assumed; `classes` gives others"
+    ]
+
+
+def _are_imagenets(names: tuple[str, ...]) -> bool:
+    """Whether 1000 names are ImageNet's in their order, in one of their spellings."""
+    spelled = [(_plain(name), _plain(ours)) for name, ours in zip(names, imagenet_classes().values(), strict=False)]
+    return len(names) == 1000 and sum(name == ours for name, ours in spelled) > 500
+
+
+def _plain(name: str) -> str:
+    """Return the first word of a class name's synonyms in one spelling."""
+    return name.partition(",")[0].replace("_", " ").strip().casefold()
+
+
+def _guesses(file: TorchFile, statements: Statements, info: ModelInfo) -> list[str]:
+    """Return what shapes do not show, a sentence each, unless the file or its user says it."""
+    guesses = []
+    unknown_stem = file.small_stem is None and statements.small_stem is None
+    if unknown_stem and file.dialect == "torchvision" and info.num_classes in (10, 100, 200):
+        guesses.append(
+            f"{file.name} does not say which stem it has: stride 2 and a max pool are assumed; networks for small "
+            f"images, like CIFAR's, have neither: convert those with `small_stem`"
+        )
+    if statements.preprocessing is None:
+        side = info.preprocess.crop
+        size = "" if statements.image_size else f" at {side} x {side} pixels"
+        others = "`preprocessing` changes" if statements.image_size else "`preprocessing` and `image_size` change"
+        guesses.append(
+            f"{file.name} does not say how its images were prepared: normalized as {file.dialect} does{size} is "
+            f"assumed; {others} it"
+        )
+    return guesses
+
+
+def _is_published(file: TorchFile) -> bool:
+    """Whether a file is one of those published, of which everything is known."""
+    return any(
+        file.sha256.startswith(published.sha256) if published.sha256 else file.name == published.file
+        for published in PUBLISHED.values()
+    )
+
+
+def _outdated(file: TorchFile) -> list[str]:
+    """Return a warning where a better file of the same name has been published since."""
+    return [
+        f"{file.name} is {reason}"
+        for prefix, reason in OUTDATED.items()
+        if file.sha256.startswith(prefix) or prefix in file.name
+    ]
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """Read class names from a text file, a name a line, in the order of the labels.
+
+    Raises:
+      InputError: it cannot be read, or a line is empty or repeats another one.
+    """
+    try:
+        lines = read_file(path_of(path)).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names {path} cannot be read: {error}; give a name a line") from error
+    names = tuple(line.strip() for line in lines)
+    if not all(names) or len(set(names)) < len(names) or not names:
+        raise InputError(f"class names {path} hold an empty line or a name twice; give one name a line")
+    return names
 
 
 def back_to_torch(module, variables, info, dialect):
@@ -183,14 +215,17 @@ def back_to_torch(module, variables, info, dialect):
       InputError: the network is wired in another way than the dialect's.
     """
     rules = dialects.DIALECTS[dialect]
-    if module.small_stem or module.in_chans != 3:
-        raise InputError(f"the network has a stem of its own, which {dialect}'s code does not know; it stays in JAX")
     if rules.layout != module.layout:
         fitting = ", ".join(name for name, other in dialects.DIALECTS.items() if other.layout == module.layout)
         raise InputError(
             f"the network is wired like {module.layout}, {dialect} files like {rules.layout}: "
             f"no renaming turns one into the other; choose one of {fitting}"
         )
+    if module.small_stem or module.in_chans != 3:
+        own = "a stem of stride 1 without max pool" if module.small_stem else f"{module.in_chans} input channels"
+        if dialect != "torchvision":
+            raise InputError(f"the network has {own}, which {dialect}'s code does not know; choose torchvision")
+        logger.warning("the network has %s, which the file cannot say: build it so before you load the weights", own)
     tensors = dialects.to_torch(variables, rules, info.source.get("batches_tracked", {}))
     return {key: torch.from_numpy(array) for key, array in tensors.items()}
 
@@ -222,8 +257,9 @@ def verify(conversion):
     Returns:
       A Row for each feature and, where there is a classifier, the logits.
     """
-    module, images = conversion.module, test_images()
-    network = reference.NETWORKS[conversion.dialect](module.width, module.num_classes, conv5=module.conv5)
+    module = conversion.module
+    images = test_images(56 if module.small_stem else 224)[..., np.arange(module.in_chans) % 3]
+    network = reference.network_like(module, conversion.dialect)
     network.load_state_dict({key: torch.from_numpy(np.array(array)) for key, array in conversion.tensors.items()})
     network.eval()
 
@@ -255,11 +291,15 @@ def _channels_last(array):
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
-def test_images():
-    """Two seeded pictures, uint8 (2, 224, 224, 3): coloured squares under noise, so that all frequencies occur."""
+def test_images(side: int = 224) -> np.ndarray:
+    """Make two seeded pictures, uint8 (2, side, side, 3): coloured squares under noise, so that all frequencies occur.
+
+    Args:
+      side: in pixels, a multiple of 7.
+    """
     rng = np.random.default_rng(0)
-    squares = rng.integers(0, 256, (2, 7, 7, 3)).repeat(32, 1).repeat(32, 2)
-    return ((squares + rng.integers(0, 256, (2, 224, 224, 3))) // 2).astype(np.uint8)
+    squares = rng.integers(0, 256, (2, 7, 7, 3)).repeat(side // 7, 1).repeat(side // 7, 2)
+    return ((squares + rng.integers(0, 256, (2, side, side, 3))) // 2).astype(np.uint8)
 
 
 def table(rows):
@@ -281,10 +321,3 @@ def into_cache(path, directory, *, ema):
     if not all(row.passed for row in rows):
         raise InputError(f"{path} gives other numbers in JAX than in PyTorch:\n{table(rows)}")
     checkpoint.save_model(directory, conversion.info, conversion.variables, overwrite=True)
-
-
-def warn_if_outdated(file):
-    """Says so on stderr when a better file of the same name has been published since."""
-    for prefix, reason in OUTDATED.items():
-        if file.sha256.startswith(prefix) or prefix in file.name:
-            print(f"warning: {file.name} is {reason}", file=sys.stderr)

@@ -4,8 +4,11 @@ Keys follow the code of MMPretrain, torchvision, Megvii and ericsun99.
 """
 
 import dataclasses
+import re
 from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -137,47 +140,121 @@ DIALECTS = {
 }
 
 
-def recognize(tensors):
-    """The name of the dialect which a file speaks.
+class Network(NamedTuple):
+    """Where a table of tensors holds a network."""
+
+    dialect: str
+    prefix: str  # What stands in front of the backbone's names, like "module.backbone.".
+    matches: int  # How many tensors have names of the dialect.
+
+
+# Entries that averaging and thop's profiler leave beside the weights.
+COUNTERS = {"n_averaged", "num_updates", "steps", "total_ops", "total_params"}
+DEEPEST = 7  # Parts of the longest name, layers.0.0.branch1.0.conv.weight.
+FEWEST = 20  # Tensors; half a network has more.
+
+
+def find_networks(keys: Collection[str]) -> list[Network]:
+    """Find every ShuffleNetV2 in a table of tensors, whatever stands in front of its names.
 
     Args:
-      tensors: {key: array}, keys with or without `module.` and `backbone.` in front.
-    Raises:
-      InputError: none fits.
+      keys: the names in the table.
+    Returns:
+      A Network for each prefix behind which at least half of a dialect's names follow, in the order of the table.
     """
-    keys = {bare(key) for key in tensors}
-    found = {name: len(keys & {bare(key) for key in d.tensor_keys().values()}) for name, d in DIALECTS.items()}
-    best = max(found, key=found.get)
-    # Fewer than half of the names is another network that happens to share some, like a ResNet's conv1 and fc.
-    if found[best] < len(DIALECTS[best].tensor_keys()) / 2:
-        raise InputError(
-            f"the file holds {len(keys)} tensors, but not those of a ShuffleNetV2 (first names: "
-            f"{', '.join(sorted(keys)[:3])}); give a checkpoint of MMPretrain, torchvision, Megvii or ericsun99"
-        )
-    return best
+    if len(keys) < FEWEST:
+        return []
+    speakers: dict[str, list[str]] = {}  # {name: the dialects that have it}
+    for dialect, rules in DIALECTS.items():
+        for key in rules.tensor_keys().values():
+            speakers.setdefault(bare(key), []).append(dialect)
+    sizes = Counter(dialect for names in speakers.values() for dialect in names)
+    counts: Counter[tuple[str, str]] = Counter()
+    for key in keys:
+        for prefix, name in _splits(key):
+            counts.update((prefix, dialect) for dialect in speakers.get(name, ()))
+    best: dict[str, Network] = {}
+    for (prefix, dialect), count in counts.items():
+        # Fewer than half of the names is another network that happens to share some, like a ResNet's conv1 and fc.
+        if 2 * count >= sizes[dialect] and (prefix not in best or best[prefix].matches < count):
+            best[prefix] = Network(dialect, prefix, count)
+    return list(best.values())
 
 
-def bare(key):
-    """A key without what data-parallel training and classifiers put in front of it."""
-    return key.removeprefix("module.").removeprefix("backbone.")
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Yield (what stands in front, name) for each way to cut a key before one of its parts, longest names first."""
+    parts = key.rsplit(".", DEEPEST)
+    for cut in range(len(parts)):
+        yield "".join(f"{part}." for part in parts[:cut]), ".".join(parts[cut:])
 
 
-def canonical(tensors, dialect):
-    """The same tensors under the keys that the dialect's own code uses; unknown keys stay as they are.
+def bare(key: str) -> str:
+    """Return a dialect's name without the `backbone.` that other files leave out."""
+    return key.removeprefix("backbone.")
 
+
+def canonical(
+    tensors: dict[str, Any], network: Network, networks: Sequence[Network] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Rename a network's tensors as the dialect's own code names them.
+
+    Args:
+      tensors: {key: tensor} that hold the network, and perhaps more.
+      network: which one.
+      networks: all that the table holds.
+    Returns:
+      {the dialect's own key: tensor}, in which unknown names behind the network's prefix stay as they are, and the
+      keys that belong to no network.
     Raises:
       InputError: two keys name the same tensor.
     """
-    counters = [f"{bn}.num_batches_tracked" for _, bn in dialect.layer_keys().values()]
-    known = [*dialect.tensor_keys().values(), *counters]
-    spelled = {bare(key): key for key in known}
-    renamed = {}
+    rules, prefix = DIALECTS[network.dialect], network.prefix
+    counters = [f"{bn}.num_batches_tracked" for _, bn in rules.layer_keys().values()]
+    known = {bare(key): key for key in (*rules.tensor_keys().values(), *counters)}
+    classifier = _classifier_keys(tensors, rules, prefix)
+    others = tuple(other.prefix for other in networks if other.prefix != prefix)
+    within = tuple(other for other in others if other.startswith(prefix))
+    renamed: dict[str, Any] = {}
+    unknown, left_out = [], []
     for key, tensor in tensors.items():
-        name = spelled.get(bare(key), key)
-        if name in renamed:
-            raise InputError(f"the file holds {name} twice, with and without a prefix; keep one of both")
-        renamed[name] = tensor
-    return renamed
+        name = key.removeprefix(prefix)
+        if key in classifier:
+            renamed[classifier[key]] = tensor
+        elif key.rpartition(".")[2] in COUNTERS or key.startswith(within):
+            continue
+        elif not key.startswith(prefix):
+            left_out += [] if key.startswith(others) else [key]
+        elif name in known:
+            renamed[known[name]] = tensor
+        else:
+            unknown.append(name)
+    for name in unknown:
+        twice = next((known[end] for _, end in _splits(name) if known.get(end) in renamed), None)
+        if twice:
+            raise InputError(f"the file holds {twice} twice, with and without a prefix; keep one of both")
+        renamed[name] = tensors[prefix + name]
+    return renamed, left_out
+
+
+def _classifier_keys(tensors: dict[str, Any], rules: Dialect, prefix: str) -> dict[str, str]:
+    """Return {the file's key: the dialect's own} of the classifier, {} where there is none.
+
+    It stands beside the backbone's layers or in a module around them, by itself or, after a dropout, in a sequence.
+    """
+    alone = rules.fc.removesuffix(".0")
+    numbered = re.compile(rf"{re.escape(alone)}\.\d+")
+    matrices = [key.removesuffix(".weight") for key, tensor in tensors.items() if key.endswith(".weight")
+                and np.ndim(tensor) == 2]  # fmt: skip
+    while True:
+        here = [key for key in matrices if key.startswith(prefix)]
+        names = [key for key in here if key[len(prefix) :] == alone or numbered.fullmatch(key[len(prefix) :])]
+        if len(names) == 1:
+            keys = {f"{names[0]}.{leaf}": f"{rules.fc}.{leaf}" for leaf in ("weight", "bias")}
+            return {key: name for key, name in keys.items() if key in tensors}
+        if names or not prefix:
+            return {}
+        prefix = prefix[:-1].rpartition(".")[0]
+        prefix += "." if prefix else ""
 
 
 def module_for(tensors, dialect):
@@ -211,8 +288,13 @@ def module_for(tensors, dialect):
         raise InputError(
             f"the classifier has {num_classes:,} classes, which cannot be; such a file cannot be converted"
         )
+    first = _shape(tensors, f"{dialect.conv1[0]}.weight")
     return ShuffleNetV2(
-        width=fitting[0], layout=dialect.layout, num_classes=num_classes, conv5=has_conv5 or num_classes > 0
+        width=fitting[0],
+        layout=dialect.layout,
+        num_classes=num_classes,
+        conv5=has_conv5 or num_classes > 0,
+        in_chans=first[1] if len(first) == 4 and first[1] else 3,
     )
 
 

@@ -97,13 +97,14 @@ def stages(width, unit):
     return built
 
 
-def stem():
-    return [(nn.Conv2d(3, STEM_CHANNELS, 3, 2, 1, bias=False), True)]
+def stem(in_chans, stride):
+    return [(nn.Conv2d(in_chans, STEM_CHANNELS, 3, stride, 1, bias=False), True)]
 
 
-def forward(x, conv1, units, conv5, fc):
-    """(logits, features) of (B, 3, H, W) images, with features as in `model.ShuffleNetV2` but NCHW."""
-    features = {"stem": nn.functional.max_pool2d(conv1(x), 3, 2, 1)}
+def forward(x, conv1, units, conv5, fc, *, small_stem):
+    """(logits, features) of (B, in_chans, H, W) images, with features as in `model.ShuffleNetV2` but NCHW."""
+    x = conv1(x)
+    features = {"stem": x if small_stem else nn.functional.max_pool2d(x, 3, 2, 1)}
     x = features["stem"]
     for name, stage in zip(UNITS, units, strict=True):
         for unit in stage:
@@ -119,11 +120,12 @@ def forward(x, conv1, units, conv5, fc):
 class MMPretrainNet(nn.Module):
     """Keys backbone.conv1, backbone.layers, head.fc."""
 
-    def __init__(self, width, num_classes, *, conv5=True):
+    def __init__(self, width, num_classes, *, conv5=True, in_chans=3, small_stem=False):
         super().__init__()
         last, outputs = CHANNELS[width][2:]
+        self.small_stem = small_stem
         self.backbone, self.head = nn.Module(), nn.Module()
-        (self.backbone.conv1,) = named(stem())
+        (self.backbone.conv1,) = named(stem(in_chans, 1 if small_stem else 2))
         units = stages(width, partial(TorchvisionUnit, nest=named))
         self.backbone.layers = nn.ModuleList(nn.Sequential(*stage) for stage in units)
         if conv5:
@@ -132,25 +134,40 @@ class MMPretrainNet(nn.Module):
 
     def forward(self, x):
         *units, conv5 = [*self.backbone.layers, None][:4]
-        return forward(x, self.backbone.conv1, units, conv5, self.head.fc)
+        return forward(x, self.backbone.conv1, units, conv5, self.head.fc, small_stem=self.small_stem)
 
 
 class SequentialNet(nn.Module):
     """Everyone else's nesting: flat sequences under names that the projects chose for themselves.
 
     Args:
-      width, num_classes, conv5: as in `model.ShuffleNetV2`.
+      width, num_classes, conv5, in_chans, small_stem: as in `model.ShuffleNetV2`.
       unit: the class of the units.
       first, last, fc: attributes of the first convolution, the last one and the classifier.
       flat: all units in one sequence `features` instead of `stage2`, `stage3`, `stage4`.
     """
 
-    def __init__(self, width, num_classes, *, conv5=True, unit, first, last, fc, flat, bias=True):
+    def __init__(
+        self,
+        width,
+        num_classes,
+        *,
+        conv5=True,
+        in_chans=3,
+        small_stem=False,
+        unit,
+        first,
+        last,
+        fc,
+        flat,
+        bias=True,
+    ):
         super().__init__()
+        self.small_stem = small_stem
         inputs, outputs = CHANNELS[width][2:]
         self.units = stages(width, unit)  # A list of lists: registers nothing.
         self.first, self.last, self.fc_name = first, last, fc
-        self.add_module(first, numbered(stem()))
+        self.add_module(first, numbered(stem(in_chans, 1 if small_stem else 2)))
         if flat:
             self.features = nn.Sequential(*(unit for stage in self.units for unit in stage))
         else:
@@ -162,12 +179,12 @@ class SequentialNet(nn.Module):
 
     def forward(self, x):
         conv1, conv5, fc = (getattr(self, name) for name in (self.first, self.last, self.fc_name))
-        return forward(x, conv1, self.units, conv5, fc)
+        return forward(x, conv1, self.units, conv5, fc, small_stem=self.small_stem)
 
 
 MEGVII = {"unit": MegviiUnit, "first": "first_conv", "last": "conv_last", "fc": "classifier", "bias": False}
 ERICSUN99_UNIT = partial(TorchvisionUnit, left="banch1", right="banch2")
-NETWORKS = {  # dialect: (width, num_classes, conv5=True) -> its network
+NETWORKS = {  # dialect: (width, num_classes, conv5=True, in_chans=3, small_stem=False) -> its network
     "mmpretrain": MMPretrainNet,
     "torchvision": partial(SequentialNet, unit=TorchvisionUnit, first="conv1", last="conv5", fc="fc", flat=False),
     "megvii": partial(SequentialNet, **MEGVII, flat=True),
@@ -176,3 +193,14 @@ NETWORKS = {  # dialect: (width, num_classes, conv5=True) -> its network
         SequentialNet, unit=ERICSUN99_UNIT, first="conv1", last="conv_last", fc="classifier", flat=True
     ),
 }
+
+
+def network_like(module, dialect):
+    """The network in PyTorch that a `model.ShuffleNetV2` is in JAX, under a dialect's names, with fresh weights."""
+    return NETWORKS[dialect](
+        module.width,
+        module.num_classes,
+        conv5=module.conv5,
+        in_chans=module.in_chans,
+        small_stem=module.small_stem,
+    )

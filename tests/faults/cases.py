@@ -109,7 +109,7 @@ def tensors_in(path):
     """{bare key: tensor} of a checkpoint file."""
     content = torch.load(path, weights_only=True)
     tensors = content.get("state_dict", content)
-    return {dialects.bare(key): tensor for key, tensor in tensors.items()}
+    return {dialects.bare(key.removeprefix("module.")): tensor for key, tensor in tensors.items()}
 
 
 def same_tensors(first, second):
