@@ -251,12 +251,19 @@ def optimizer(network):
     return {"state": {i: {"exp_avg": p.detach()} for i, p in enumerate(network.parameters())}, "param_groups": [{}]}
 
 
+def twice(network):
+    """Averages that are the weights themselves, as before the first step."""
+    tensors = network.state_dict()
+    return {"checkpoint": {"state_dict": tensors, "state_dict_ema": tensors}}
+
+
 WILD = {  # name: (what the file holds, of the raw weights and the averages; whether the averages are asked for)
     "compiled inside data-parallel": (lambda r, _: {"state_dict": behind("module._orig_mod.", r)}, False),
     "any prefix": (lambda r, _: behind("learner.encoder.0.", r), False),
     "nested containers": (lambda r, _: {"checkpoint": {"network": {"weights": r.state_dict()}, "epoch": 3}}, False),
     "a tuple": (lambda r, _: (3, r.state_dict(), optimizer(r)), False),
     "timm": (lambda r, a: {"state_dict": r.state_dict(), "state_dict_ema": a.state_dict(), "args": Namespace()}, True),
+    "one table in two places": (lambda _, a: twice(a), True),
     "torchvision, raw": (
         lambda r, a: {"model": r.state_dict(), "model_ema": averaged_model(a), "args": Namespace(lr=0.1)}, False,
     ),

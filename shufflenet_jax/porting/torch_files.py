@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from . import dialects
 SAVE = 'save its weights alone, where it was made, with torch.save(model.state_dict(), "weights.pth")'
 # Where a file holds several networks, the first of these names wins.
 USUAL = ("state_dict", "model_state_dict", "model", "module", "net", "network", "student")
+DEEPEST, MOST_OBJECTS = 6, 100_000  # How deep and how far tables of tensors are looked for.
 AVERAGED = {"avg", "average", "averaged", "averages", "ema", "polyak", "shadow", "swa"}
 NAMES = ("CLASSES", "classes", "class_names", "class_to_idx", "idx_to_class")
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # How files begin that are no zip.
@@ -260,31 +261,34 @@ def _names_in(file: io.BufferedReader | io.BytesIO) -> set[str]:
 # Objects to tables of tensors
 
 
-def _tables(content: Any, path: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[Table]:
-    """Yield every table of tensors in what a file holds."""
-    seen = set() if seen is None else seen
-    if id(content) in seen or len(path) > 6:
-        return
-    seen.add(id(content))
-    if isinstance(content, StandIn):
-        modules = dict(_modules_of(content))
-        tensors = {
-            prefix + name: value
-            for prefix, module in modules.items()
-            for name, value in _attributes(module, "_parameters", "_buffers")
-            if isinstance(value, torch.Tensor)
-        }
-        if tensors:
-            yield Table(path, tensors, modules)
-    elif isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-        if tensors and all(isinstance(key, str) for key in tensors):
-            yield Table(path, tensors, {})
-        for key, value in content.items():
-            yield from _tables(value, (*path, str(key)), seen)
-    elif isinstance(content, (list, tuple)):
-        for index, value in enumerate(content):
-            yield from _tables(value, (*path, str(index)), seen)
+def _tables(content: Any) -> Iterator[Table]:
+    """Yield every table of tensors in what a file holds, the outermost first; those in two places twice."""
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    for _ in range(MOST_OBJECTS):  # A file may hold what contains itself.
+        if not waiting:
+            return
+        path, content = waiting.popleft()
+        inside: list[tuple[Any, Any]] = []
+        if isinstance(content, StandIn):
+            modules = dict(_modules_of(content))
+            tensors = {
+                prefix + name: value
+                for prefix, module in modules.items()
+                for name, value in _attributes(module, "_parameters", "_buffers")
+                if isinstance(value, torch.Tensor)
+            }
+            if tensors:
+                yield Table(path, tensors, modules)
+        elif isinstance(content, dict):
+            tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+            if tensors and all(isinstance(key, str) for key in tensors):
+                yield Table(path, tensors, {})
+            inside = list(content.items())
+        elif isinstance(content, (list, tuple)):
+            inside = list(enumerate(content))
+        if len(path) < DEEPEST and len(waiting) < MOST_OBJECTS:
+            containers = (dict, list, tuple, StandIn)
+            waiting.extend(((*path, str(key)), value) for key, value in inside if isinstance(value, containers))
 
 
 def _modules_of(module: StandIn) -> Iterator[tuple[str, StandIn]]:
