@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from . import reference
+from . import own_gradients, reference
 from .windows import largest, taps, weighted_sum
 
 CHANNEL_AXIS = 0
@@ -50,6 +50,7 @@ def per_channel(vector):
 def conv(x, kernel, *, stride=1, groups=1):
     """A convolution without bias, padded by (size - 1) / 2 on every side; `reference.conv` in this axis order."""
     size, outputs = kernel.shape[0], kernel.shape[-1]
+    x, kernel = own_gradients.prepare((x, kernel))
     if size == 3 and groups == x.shape[0] == outputs:
         return _depthwise(x, kernel[:, :, 0], stride)
     if size == 3 and groups == 1:
@@ -61,6 +62,7 @@ def conv(x, kernel, *, stride=1, groups=1):
 
 def batch_norm(x, scale, bias, batch_groups, *, epsilon, relu):
     """Batch norm by the statistics of each image's group; `reference.batch_norm` in this axis order."""
+    x, scale, bias, batch_groups = own_gradients.prepare((x, scale, bias, batch_groups))
     if batch_groups.single_group:
         y, mean, var = _batch_norm(x, scale, bias, epsilon, relu)
         var = reference.unbiased(var, x.size // x.shape[0])
