@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .environment import enable_compilation_cache
     from .inference import Model, get_model, inference_model
     from .model import ShuffleNetV2
     from .published import list_models
@@ -25,6 +26,7 @@ __all__ = [
     "ShuffleNetV2",
     "TrainConfig",
     "TrainResult",
+    "enable_compilation_cache",
     "get_model",
     "inference_model",
     "list_models",
@@ -38,6 +40,7 @@ _PLACES = {
     "ShuffleNetV2": "model",
     "TrainConfig": "config",
     "TrainResult": "training.loop",
+    "enable_compilation_cache": "environment",
     "get_model": "inference",
     "inference_model": "inference",
     "list_models": "published",
@@ -66,11 +69,12 @@ def load(
         .pth file.
       num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
       in_chans: channels of the images, where they are not the checkpoint's; as in `get_model`.
-      settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
+      settings: `conv5`, the `seed` of a new classifier, or fields of ShuffleNetV2 like `dtype`,
+        `lowering` or `remat`.
     Returns:
       (module, variables): a ShuffleNetV2 and its {"params", "batch_stats"} as NumPy arrays.
     Raises:
-      InputError: a ValueError whose message is one line; nothing usable lies there.
+      InputError: a ValueError whose message is one line; nothing usable lies there, or it cannot be changed so.
     """
     from .inference import get_model
 

@@ -132,6 +132,7 @@ def get_model(
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    conv5: bool | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> Model:
@@ -145,6 +146,7 @@ def get_model(
       in_chans: channels of the images. For 1, grey, the first convolution takes the sum of its weights over the
         colours; for others it repeats them and scales them down (see `loading.adapt_channels`). Image files have
         colours or grey: give a model of other channels arrays.
+      conv5: False ends the network after stage4, where no classifier fits: set `num_classes` to 0.
       seed: of what is made anew.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`.
     Raises:
@@ -158,9 +160,10 @@ def get_model(
         module, variables, info = load_model(name, **settings)
     num_classes = info.num_classes if num_classes is None else num_classes
     in_chans = info.in_chans if in_chans is None else in_chans
-    if (num_classes, in_chans) == (info.num_classes, info.in_chans):
+    conv5 = info.conv5 if conv5 is None else conv5
+    if (num_classes, in_chans, conv5) == (info.num_classes, info.in_chans, info.conv5):
         return Model(module, variables, info)
-    return _adapted(module, variables, info, num_classes, in_chans, seed)
+    return _adapted(module, variables, info, num_classes, in_chans, conv5, seed)
 
 
 def published_info(name: str) -> ModelInfo:
@@ -176,17 +179,19 @@ def published_info(name: str) -> ModelInfo:
     )
 
 
-def _adapted(module, variables, info, num_classes, in_chans, seed):
-    """The Model with another classifier or first convolution."""
+def _adapted(module, variables, info, num_classes, in_chans, conv5, seed):
+    """The Model with another classifier or first convolution, or without conv5."""
     if in_chans < 1:
         raise InputError(f"in_chans is {in_chans}, but must be 1 or more")
     if num_classes < 0:
         raise InputError(f"num_classes is {num_classes}, but must be 1 or more, or 0 for no classifier")
-    if num_classes and not info.conv5:
-        raise InputError("the network ends with stage4, where no classifier fits; leave num_classes out")
+    if conv5 and not info.conv5:
+        raise InputError("the network ends with stage4, and no weights of conv5 are there; leave conv5 out")
+    if num_classes and not conv5:
+        raise InputError("the network ends with stage4, where no classifier fits; set num_classes to 0")
     variables, preprocess = adapt_channels(variables, info.preprocess, in_chans)
-    params = dict(variables["params"])
-    changes = {"num_classes": num_classes, "in_chans": in_chans}
+    params, batch_stats = dict(variables["params"]), dict(variables["batch_stats"])
+    changes = {"num_classes": num_classes, "in_chans": in_chans, "conv5": conv5}
     module = module.clone(**changes)
     changes |= {"preprocess": preprocess, "sha256": None}
     if num_classes != info.num_classes:
@@ -195,9 +200,13 @@ def _adapted(module, variables, info, num_classes, in_chans, seed):
             fresh = jax.jit(lambda: init_variables(module, seed=seed)["params"]["fc"])()
             params["fc"] = jax.tree.map(np.asarray, fresh)
         changes |= {"classes": None, "metrics": None}
+    if conv5 != info.conv5:
+        del params["conv5"], batch_stats["conv5"]
+        changes |= {"metrics": None}
     if in_chans != info.in_chans:
         changes["metrics"] = None
-    return Model(module, {**variables, "params": params}, dataclasses.replace(info, **changes))
+    variables = {"params": params, "batch_stats": batch_stats}
+    return Model(module, variables, dataclasses.replace(info, **changes))
 
 
 def inference_model(model: Model | str | Path, image: Any) -> dict[str, Any]:

@@ -413,6 +413,44 @@ def test_a_backbone_has_features_alone(backbone):
         snet.get_model(backbone, num_classes=10)
 
 
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"num_classes": 0}, {"fc"}),
+        ({"num_classes": 7}, set()),
+        ({"num_classes": 10}, set()),
+        ({"in_chans": 1}, set()),
+        ({"in_chans": 1, "num_classes": 7, "seed": 3, "dropout": 0.2}, set()),
+        ({"num_classes": 0, "in_chans": 1, "lowering": "reference"}, {"fc"}),
+        ({"num_classes": 0, "conv5": False}, {"fc", "conv5"}),
+        ({"num_classes": 0, "conv5": False, "in_chans": 1}, {"fc", "conv5"}),
+    ],
+)
+def test_a_changed_network_keeps_the_weights_that_fit_it(settings, missing, ten, ten_classes):
+    module, variables = snet.load(ten_classes[0], **settings)
+    images = np.float32(IMAGES)[:, :64, :64, : module.in_chans]
+    # The reference lowering is the quickest to trace.
+    logits, features = jax.eval_shape(module.clone(lowering="reference").apply, variables, images)
+    classes = settings.get("num_classes", 10)
+    assert (logits.shape == (1, classes)) if classes else logits is None
+    assert ("pooled" in features) == ("conv5" not in missing) and module.num_classes == classes
+    params, stored = variables["params"], ten.variables["params"]
+    assert stored.keys() - params.keys() == missing and not params.keys() - stored.keys()
+    changed = {"conv1"} if "in_chans" in settings else set()
+    changed |= {"fc"} if classes != 10 else set()
+    for layer in params.keys() - changed:
+        assert_same(params[layer], stored[layer])
+    assert variables["batch_stats"].keys() == ten.variables["batch_stats"].keys() - missing
+
+
+def test_a_network_without_conv5_describes_itself(fresh):
+    model = fresh(num_classes=0, conv5=False)
+    info, features = model.info, model.extract_feat(IMAGES)
+    assert (info.num_classes, info.conv5, info.classes, model.module.conv5) == (0, False, None, False)
+    assert "stage4" in features and "conv5" not in features
+    assert_same(model.variables["params"]["conv1"], fresh().variables["params"]["conv1"])
+
+
 def one_line(function, *arguments, **settings):
     with pytest.raises(InputError) as caught:
         function(*arguments, **settings)
@@ -420,7 +458,7 @@ def one_line(function, *arguments, **settings):
     return str(caught.value)
 
 
-def test_what_is_no_model_is_refused_in_one_line(ten_classes, tmp_path):
+def test_what_is_no_model_is_refused_in_one_line(ten_classes, backbone, tmp_path):
     cases = [
         (("shufflenet_v2_x9_9",), {"pretrained": True}, "none is published under this name"),
         (("shufflenet_v2_x9_9",), {}, "shufflenet_v2_x0_5"),
@@ -428,9 +466,13 @@ def test_what_is_no_model_is_refused_in_one_line(ten_classes, tmp_path):
         ((ten_classes[0],), {"in_chans": 0}, "in_chans is 0, but must be 1 or more"),
         ((ten_classes[0],), {"in_chans": -3}, "must be 1 or more"),
         ((ten_classes[0],), {"num_classes": -1}, "num_classes is -1"),
+        ((ten_classes[0],), {"conv5": False}, "set num_classes to 0"),
+        ((ten_classes[0],), {"conv5": False, "num_classes": 7}, "set num_classes to 0"),
+        ((backbone,), {"conv5": True}, "leave conv5 out"),
     ]
     for arguments, settings, told in cases:
         assert told in one_line(snet.get_model, *arguments, **settings)
+    assert "set num_classes to 0" in one_line(snet.load, ten_classes[0], conv5=False)
     assert "no model at" in one_line(snet.load, tmp_path)
 
 
