@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import sys
 
 from .files import cache_dir
 
@@ -10,8 +11,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # The names and numbers 
 
 
 def enable_compilation_cache():
-    """Let JAX keep compiled programs between processes; an explicit JAX_COMPILATION_CACHE_DIR wins."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+    """Keep JAX's compiled programs in the cache folder for later processes; a folder that is set already stays.
+
+    Commands do so at their start. In Python it may come at any time; what is compiled from then on is kept.
+    """
+    directory = str(cache_dir() / "compiled")
+    if "jax" not in sys.modules:  # Importing it takes longer than many commands.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()  # The first compilation has decided against a cache for good.
 
 
 def keep_freed_memory():

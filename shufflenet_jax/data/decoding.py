@@ -29,7 +29,6 @@ DAMAGE = (
     *(ValueError, OSError, SyntaxError, LookupError, RuntimeError, EOFError, struct.error),
     *(cv2.error, Image.DecompressionBombError),
 )
-cv2.setNumThreads(0)  # Images are decoded side by side: threads inside one image only get in the way.
 
 
 class Stored(NamedTuple):
@@ -74,6 +73,7 @@ def decode(
 
 def read(image: bytes | Image.Image, decoder: str, name: str = "image") -> Stored:
     """Read an image as it is stored; arguments and errors as in `decode`."""
+    _keep_to_one_thread()
     with _damage_named(name):
         if isinstance(image, bytes) and image.startswith(jpeg.START):
             header = _jpeg_header(image, name)
@@ -101,6 +101,7 @@ def decode_part(
     """
     if not data.startswith(jpeg.START):
         return None
+    _keep_to_one_thread()
     with _damage_named(name):
         header = _jpeg_header(data, name)
         if header.mode == "CMYK":
@@ -117,6 +118,11 @@ def decode_part(
         box = (box[0] - held[0], box[1] - held[1], *box[2:])
         top, left, height, width = (length // 2 if half else length for length in box)
         return turned(pixels[top : top + height, left : left + width], orientation)
+
+
+def _keep_to_one_thread():
+    """Turn OpenCV's threads off: images are decoded side by side, and threads inside one image get in the way."""
+    cv2.setNumThreads(0)  # Not at import, which must change no setting of the process; it takes 0.2 microseconds.
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
