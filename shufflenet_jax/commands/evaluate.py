@@ -15,8 +15,8 @@ import numpy as np
 
 from .. import parallel, progress
 from ..config import LOWERINGS, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
+from ..data.inventory import report_notes
 from ..data.labels import class_name
-from ..data.layout import report_notes
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source, split_version
 from ..errors import InputError

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import progress
 from ..data import normalization
-from ..data.layout import report_notes
+from ..data.inventory import report_notes
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError

@@ -14,7 +14,7 @@ import numpy as np
 from .. import progress
 from ..architecture import FEATURES
 from ..data.folders import find_images
-from ..data.layout import describe_skipped, report_notes
+from ..data.inventory import describe_skipped, report_notes
 from ..data.workers import usable_cores
 from ..errors import InputError
 from ..files import printable, written_aside

@@ -4,7 +4,7 @@ import json
 import logging
 
 from .. import progress
-from ..data.layout import report_notes
+from ..data.inventory import report_notes
 from ..errors import InputError
 from ..preparation import dataset
 from ..preparation.contents import read_contents

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .. import plots, progress
 from ..config import TrainConfig
+from ..data.inventory import report_notes
 from ..data.labels import imagenet_classes
-from ..data.layout import report_notes
 from ..data.pipeline import train_batches
 from ..data.sources import open_source
 from ..data.survey import survey

@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..files import path_of, printable
 from .archives import plain_tar, read_tar, tree_of, zip_tree
 from .imagenet import SOLUTION, TEST_NAME, labels_of_validation, open_official
+from .inventory import Entry, Inventory, Note, Part, count_images, some
 from .labels import class_named, imagenet_classes, in_order, require_distinct
-from .layout import Entry, Layout, Note, Part, count_images, some
 from .locations import Location
 from .trees import Skipped, Tree, disk_tree, has_images, walk
 
@@ -33,7 +33,7 @@ KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # Where Kaggle's archive of Im
 UNSORTED, UNLISTED, ELSEWHERE = "outside class folders", "not in the list", "outside the splits"
 
 
-def open_folder(place: str | Path, split: str | None = None, *, val_share: float = VAL_SHARE) -> Layout:
+def open_folder(place: str | Path, split: str | None = None, *, val_share: float = VAL_SHARE) -> Inventory:
     """Decide what a folder, a zip or a tar holds.
 
     Args:
@@ -41,7 +41,7 @@ def open_folder(place: str | Path, split: str | None = None, *, val_share: float
       split: the split that is wanted, which may then have any name.
       val_share: the share of each class that is held out where there are no splits, between 0 and 1.
     Returns:
-      The Layout, without splits where there are no images in any known form.
+      The Inventory, without splits where there are no images in any known form.
     Raises:
       InputError: there is nothing, it is damaged, or its classes or splits cannot be told.
     """
@@ -57,12 +57,12 @@ def open_folder(place: str | Path, split: str | None = None, *, val_share: float
     lists = _lists_of(inner, split)
     trees = _splits_of(inner, split, lists)
     if trees or lists:
-        return _Splits(path, chain, trees, lists).layout(skipped)
+        return _Splits(path, chain, trees, lists).inventory(skipped)
     if any(map(has_images, inner.folders.values())):
         return _open_flat(path, inner, val_share, skipped)
     if inner.images:
         return _open_loose(path, chain)
-    return Layout(str(path), {}, skipped=skipped)
+    return Inventory(str(path), {}, skipped=skipped)
 
 
 def find_images(folder: str | Path) -> tuple[list[str], Skipped]:
@@ -198,8 +198,8 @@ class _Splits:
         self._labels: dict[str, dict[str, str] | None] = {}
         require_distinct(self.place, (name for split in trees if split not in lists for name in trees[split].folders))
 
-    def layout(self, skipped: Skipped) -> Layout:
-        """Return the Layout of the splits."""
+    def inventory(self, skipped: Skipped) -> Inventory:
+        """Return the Inventory of the splits."""
         beside = (tree for name, tree in sorted(self.chain[-1].folders.items()) if name not in {META, *self.trees})
         unusable = {
             split: f"{META}/{split}.txt lists images of a folder {split}, which is missing"
@@ -212,7 +212,7 @@ class _Splits:
             elif split not in self.lists and not has_images(tree):
                 unusable[split] = "it holds no images"
         splits = sorted({*self.trees, *self.lists})
-        return Layout(
+        return Inventory(
             str(self.path), {split: partial(self.read, split) for split in splits}, unusable, tuple(beside), skipped
         )
 
@@ -334,8 +334,8 @@ def _digest(name: str) -> tuple[bytes, str]:
     return hashlib.sha256(unicodedata.normalize("NFC", name).encode()).digest(), name
 
 
-def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> Layout:
-    """Return the Layout of a folder `<class>/<image>`, of which a share is held out.
+def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> Inventory:
+    """Return the Inventory of a folder `<class>/<image>`, of which a share is held out.
 
     Folders without images are classes only where they are empty: others hold tables or texts beside the images.
     """
@@ -365,11 +365,11 @@ def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> La
         return Part(part, classes, classes, len(classes), Skipped())
 
     splits = {split: partial(read, split) for split in ("train", "val")}
-    return Layout(str(path), splits, skipped=skipped, notes=(Note(logging.INFO, told),))
+    return Inventory(str(path), splits, skipped=skipped, notes=(Note(logging.INFO, told),))
 
 
-def _open_loose(path: Path, chain: list[Tree]) -> Layout:
-    """Return the Layout of images without any folders: those of ImageNet's validation set have labels."""
+def _open_loose(path: Path, chain: list[Tree]) -> Inventory:
+    """Return the Inventory of images without any folders: those of ImageNet's validation set have labels."""
     tree = chain[-1]
     skipped = _skipped_around(chain, used={SOLUTION, *tree.images})
     labels = labels_of_validation(tree.images, chain, path)
@@ -383,4 +383,4 @@ def _open_loose(path: Path, chain: list[Tree]) -> Layout:
         raise InputError(f"{SOLUTION} beside {path} names classes that ILSVRC2012 does not have; fetch it again")
     entries = [Entry(name, rank[labels[name]], where) for name, where in tree.images.items()]
     part = Part(entries, classes, classes, len(classes), Skipped())
-    return Layout(str(path), {"validation": lambda: part}, skipped=skipped)
+    return Inventory(str(path), {"validation": lambda: part}, skipped=skipped)

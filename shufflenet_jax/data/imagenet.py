@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from ..errors import InputError
 from ..files import printable
 from .archives import read_tar, tree_of
+from .inventory import Entry, Inventory, Part
 from .labels import imagenet_classes, validation_wnids
-from .layout import Entry, Layout, Part
 from .locations import Location
 from .trees import Skipped, Tree, walk
 
@@ -53,15 +53,15 @@ def _solution(chain: list[Tree], path: Path) -> dict[str, str]:
     return {name.strip(): boxes.split()[0] for name, _, boxes in rows if boxes.strip()}
 
 
-def open_official(path: Path, top: Tree) -> Layout | None:
-    """Return the Layout of ILSVRC2012's tars: a folder that holds them, or one of them; None for anything else."""
+def open_official(path: Path, top: Tree) -> Inventory | None:
+    """Return the Inventory of ILSVRC2012's tars: a folder that holds them, or one of them; None for anything else."""
     tars = {split: top.files[name] for split, name in OFFICIAL.items() if name in top.files}
     trees = {split: _inner_tar(where.path, where) for split, where in tars.items() if where.member is None}
     if not trees and any(map(WNID_TAR.fullmatch, top.files)) and path.is_file():
         trees = {"train": top}
     readers = {"train": _read_train_tar, "validation": _read_validation_tar}
     splits = {split: partial(readers[split], tree) for split, tree in trees.items()}
-    return Layout(str(path), splits) if splits else None
+    return Inventory(str(path), splits) if splits else None
 
 
 def _inner_tar(name: str, where: Location) -> Tree:

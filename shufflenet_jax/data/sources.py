@@ -16,8 +16,8 @@ from ..config import VAL_SHARE
 from ..errors import InputError
 from ..files import path_of, require_plain
 from .folders import EVAL_SPLITS, open_folder
+from .inventory import Note, describe_skipped
 from .labels import are_numbers, spelling
-from .layout import Note, describe_skipped
 
 KNOWN_SIZES = {"tfds:imagenet2012": 1_281_167, "tfds:cifar10": 50_000}  # Training images, where there are none yet.
 ADVICE = "choose a checkpoint that was trained on these classes"
@@ -230,9 +230,9 @@ def _open_digits(split):
 
 
 def _open_folder(place, split, classes, val_share):
-    layout = open_folder(place, split, val_share=val_share)
-    split = _choose_split(split, str(place), layout.splits)
-    part = layout.splits[split]()
+    inventory = open_folder(place, split, val_share=val_share)
+    split = _choose_split(split, str(place), inventory.splits)
+    part = inventory.splits[split]()
     entries, labels = part.entries, [entry.label for entry in part.entries]
     if part.classes is not None:
         classes = part.classes if classes is None else tuple(classes)
@@ -248,8 +248,8 @@ def _open_folder(place, split, classes, val_share):
         part.num_classes if part.classes is None else len(classes),
         None if part.classes is None else classes,
         lambda: labels,
-        notes=(*layout.notes, *part.notes, *describe_skipped(layout.place, layout.skipped, part.skipped)),
-        skipped=layout.skipped.total + part.skipped.total,
+        notes=(*inventory.notes, *part.notes, *describe_skipped(inventory.place, inventory.skipped, part.skipped)),
+        skipped=inventory.skipped.total + part.skipped.total,
     )
 
 

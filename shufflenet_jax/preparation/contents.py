@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..config import VAL_SHARE
 from ..data.folders import ELSEWHERE, open_folder
-from ..data.layout import Entry, Layout, Note, Part, describe_skipped
+from ..data.inventory import Entry, Inventory, Note, Part, describe_skipped
 from ..data.trees import Skipped, walk
 from ..errors import InputError
 
@@ -39,32 +39,32 @@ def read_contents(source, *, val_share=VAL_SHARE) -> Contents:
     Raises:
       InputError: the source is none of these, holds no images, or a part of it has no labels.
     """
-    layout = open_folder(source, val_share=val_share)
-    for split in layout.splits:
+    inventory = open_folder(source, val_share=val_share)
+    for split in inventory.splits:
         if not re.fullmatch(r"\w+", split):
             raise InputError(f"{split!r} is no name for a split; use letters, digits and _")
-    parts = {split: read() for split, read in layout.splits.items() if split not in layout.unusable}
+    parts = {split: read() for split, read in inventory.splits.items() if split not in inventory.unusable}
     if not parts:
         raise InputError(f"{source} holds no images as <split>/<class>/<image> or <class>/<image>; check `source`")
-    skipped = _skipped_in(layout, parts)
-    notes = [*layout.notes, *(note for part in parts.values() for note in part.notes)]
-    notes += describe_skipped(layout.place, skipped)
+    skipped = _skipped_in(inventory, parts)
+    notes = [*inventory.notes, *(note for part in parts.values() for note in part.notes)]
+    notes += describe_skipped(inventory.place, skipped)
     notes += [
         Note(logging.WARNING, f"split {split} of {source} is left out: {reason}")
-        for split, reason in layout.unusable.items()
+        for split, reason in inventory.unusable.items()
     ]
     classes, more = _classes_of(source, parts)
     return Contents({split: part.entries for split, part in parts.items()}, classes, (*notes, *more), skipped.total)
 
 
-def _skipped_in(layout: Layout, parts: dict[str, Part]) -> Skipped:
+def _skipped_in(inventory: Inventory, parts: dict[str, Part]) -> Skipped:
     """Count the files that are ignored in a source, with the images in folders that are no splits."""
     skipped = Skipped()
-    for counted in (layout.skipped, *(part.skipped for part in parts.values())):
+    for counted in (inventory.skipped, *(part.skipped for part in parts.values())):
         skipped.merge(counted)
-    for tree in layout.elsewhere:
+    for tree in inventory.elsewhere:
         for path, _ in walk(tree, skipped):
-            skipped.add(ELSEWHERE, f"{tree.path}/{path}".removeprefix(f"{layout.place}/"))
+            skipped.add(ELSEWHERE, f"{tree.path}/{path}".removeprefix(f"{inventory.place}/"))
     return skipped
 
 

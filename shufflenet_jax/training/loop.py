@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from .. import checkpoint, parallel, progress
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
-from ..data.layout import report_notes
+from ..data.inventory import report_notes
 from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import open_source
 from ..errors import InputError

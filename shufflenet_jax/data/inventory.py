@@ -54,7 +54,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Inventory:
     """What a place holds.
 
     Attributes:
