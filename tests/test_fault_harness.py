@@ -30,7 +30,6 @@ FAILED = {  # what was wrong: (index, kind)
     "mmpretrain, legacy; net.pth is a pipe": (418, "convert"),
     "zip: lying": (448, "prepare"),
     "_METADATA is a pipe": (497, "convert back"),
-    "learning-rate is '0'": (5236, "overrides"),
     "to be written to '/loop'": (596, "bad places"),
     "megvii-stages, zip; tensors: vast classifier": (718, "convert"),
     "tar: halves exchanged": (776, "prepare"),

@@ -436,3 +436,9 @@ def test_training_names_a_damaged_image_once_and_stops_at_too_many(caplog):
     batches = [{"labels": 1, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
     with pytest.raises(InputError, match="3 of 40 training images are damaged"):
         list(loop.without_damage(batches, config, examples=40))
+
+
+def test_the_schedule_of_a_learning_rate_of_zero_is_printed(call):
+    status, out, stderr = call(train.main, "--config", "digits", "--learning-rate", 0, "--print-schedule")
+    assert status == 0, stderr
+    assert "learning rate 0" in out
