@@ -25,6 +25,7 @@ from .originals import Originals, tree_of
 
 SCRIPT = Path(__file__).with_name("worker.py")
 SECONDS = 20  # A command may take.
+WARMING = 300  # A worker may take to import and trace what later commands find ready, beside other work.
 STARTING = 60  # A process may take besides, to import and to compile.
 MEMORY = 4 << 30  # Bytes it may hold.
 LASTING = 2 << 30  # A worker that holds more between two commands is replaced.
@@ -70,8 +71,8 @@ class Worker:
     def __exit__(self, *_):
         self._end()
 
-    def __call__(self, argv, cwd):
-        """Runs a command in a folder; returns its Answer."""
+    def __call__(self, argv, cwd, *, seconds=None):
+        """Run a command in a folder, in so many seconds at most; return its Answer."""
         if self._process is None:
             self._start()
         stdout, stderr = self.folder / "stdout", self.folder / "stderr"
@@ -80,7 +81,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # It has ended; that is found below.
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], self.seconds)
+        ready, _, _ = select.select([self._process.stdout], [], [], self.seconds if seconds is None else seconds)
         line = self._process.stdout.readline() if ready else b""
         seconds = time.monotonic() - began
         if line:
@@ -108,7 +109,7 @@ class Worker:
                 stderr=log,
                 env=_environment(self.folder),
             )
-        first = self(["models"], self.folder)
+        first = self(["models"], self.folder, seconds=WARMING)
         assert first.status == 0, first
 
     def _end(self):
