@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import pages
 from conftest import call, own_cache  # noqa: F401
-from pages import quick_compilation, reader, things  # noqa: F401
+from pages import reader, things  # noqa: F401
 
 SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
 SHORT = [page.stem for page in pages.PAGES if page.parent.name == "docs" and page.stem not in pages.LONG]

@@ -15,7 +15,6 @@ import tarfile
 import zipfile
 from typing import NamedTuple
 
-import jax
 import matplotlib.pyplot
 import numpy as np
 import pytest
@@ -226,15 +225,7 @@ def things(tmp_path_factory):
 
 
 @pytest.fixture
-def quick_compilation():
-    """For what runs once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def reader(things, quick_compilation, tmp_path, monkeypatch):
+def reader(things, tmp_path, monkeypatch):
     """In such a folder; networks have few units, and published ones can be had."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     shutil.copytree(ROOT / "demo", tmp_path / "demo")

@@ -156,7 +156,6 @@ def real_models(shared, tmp_path_factory):
     ("name", "data", "images", "top1", "top5", "lowering"),
     [
         ("mmpretrain", "imagenet-val227", 650, 466, 592, "auto"),
-        ("mmpretrain", "imagenet-val227", 650, 466, 592, "reference"),
         ("torchvision", "imagenet-val227", 650, 466, 592, "auto"),
         ("mmpretrain", "imagenet-original", 201, 161, 189, "auto"),
         ("mmpretrain", "imagenet-original", 201, 161, 189, "reference"),
@@ -186,22 +185,13 @@ def test_real_weights_give_the_reference_counts(
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize(
-    ("data", "figures"),
-    [
-        ("imagenet-val227", {"images": 650, "top1_correct": 466, "top5_correct": 592}),
-        ("imagenet-original", {"images": 201, "top1_correct": 161, "top5_correct": 189}),
-    ],
-)
-def test_the_planar_lowering_gives_the_reference_counts_with_its_batch_norm_as_trained_too(
-    data, figures, real_models, shared
-):
+def test_the_cpu_lowering_gives_the_reference_counts_with_its_batch_norm_as_trained_too(real_models, shared):
     module, variables, info = load_model(real_models["mmpretrain"], lowering="cpu")
-    source = open_source(shared / data, classes=tuple(imagenet_classes()))
+    source = open_source(shared / "imagenet-original", classes=tuple(imagenet_classes()))
     step = parallel.map_eval_step(partial(eval_step, module, info.preprocess), jax.devices()[:1])
     batches = eval_batches(source, info.preprocess, batch_size=16)
     found, _ = evaluate_all(step, parallel.replicate(variables, jax.devices()[:1]), batches)
-    assert found | figures == found
+    assert found | {"images": 201, "top1_correct": 161, "top5_correct": 189} == found
 
 
 @pytest.mark.real_data
@@ -209,7 +199,7 @@ def test_devices_and_batch_sizes_change_no_count_and_no_logit_of_real_images(rea
     module, variables, info = load_model(real_models["mmpretrain"])
     source = open_source(shared / "imagenet-original", classes=tuple(imagenet_classes()))
     found = []
-    for count, batch_sizes in {1: (1, 128), 3: (7,), 4: (1, 128)}.items():
+    for count, batch_sizes in {1: (128,), 3: (7,), 4: (1,)}.items():
         devices = jax.devices()[:count]
         step = parallel.map_eval_step(partial(eval_step, module, info.preprocess), devices)
         for batch_size in batch_sizes:

@@ -8,7 +8,7 @@ import matplotlib.pyplot
 import pages
 import pytest
 from conftest import ROOT
-from pages import PAGES, quick_compilation, reader, things  # noqa: F401
+from pages import PAGES, reader, things  # noqa: F401
 
 from shufflenet_jax.commands.parsing import CommandLine
 
@@ -61,7 +61,7 @@ def test_the_commands_and_the_python_of_the_readme_run_in_their_order(reader, ca
 
 
 @pytest.mark.real_data
-def test_the_notebook_gives_what_it_shows(card_at_hand, quick_compilation, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_notebook_gives_what_it_shows(card_at_hand, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "demo", tmp_path / "demo")
     matplotlib.use("Agg")

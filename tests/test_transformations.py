@@ -27,11 +27,9 @@ SHARDS, ROWS, RATE = 4, 6, 0.1
 
 @pytest.fixture(autouse=True)
 def float64():
-    """Rounding stays far below any fault; what runs once compiles quickly."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Rounding stays far below any fault."""
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Layers(nn.Module):
