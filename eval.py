@@ -2,8 +2,7 @@
 
 import sys
 
-from shufflenet_jax.commands.console import run
-from shufflenet_jax.commands.evaluate import main
+from shufflenet_jax.__main__ import entry
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(entry("eval"))

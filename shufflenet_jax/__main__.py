@@ -1,11 +1,14 @@
-"""`python -m shufflenet_jax COMMAND`, installed `shufflenet-jax COMMAND`: the scripts' own code."""
+"""`python -m shufflenet_jax COMMAND`, installed `shufflenet-jax COMMAND`: the scripts' own code.
 
-import argparse
-import importlib
+Nothing slow is imported before Ctrl-C can end the process quietly.
+"""
+
+import contextlib
+import os
+import signal
 import sys
-
-from .commands.console import run
-from .commands.parsing import CommandLine
+import threading
+from collections.abc import Iterator, Sequence
 
 COMMANDS = {  # name: (module with main(argv), what it does)
     "train": ("train", "train a preset"),
@@ -23,23 +26,49 @@ COMMANDS = {  # name: (module with main(argv), what it does)
 }
 
 
-def main(argv):
-    commands = "\n".join(f"  {name:14}{meaning}" for name, (_, meaning) in COMMANDS.items())
-    parser = CommandLine(
-        prog="shufflenet-jax",
-        usage="%(prog)s COMMAND [options]",
-        description=f"commands:\n{commands}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of these; COMMAND --help tells more")
-    options = parser.parse_args(argv[:1])
-    # Only what the command needs is imported: the libraries take seconds.
-    module = importlib.import_module(f".commands.{COMMANDS[options.command][0]}", __package__)
+def main(argv: Sequence[str]) -> int | None:
+    """Run the command that the first word names with the others; return its exit status."""
+    with interrupts_quiet():
+        import argparse
+        import importlib
+
+        from .commands.parsing import CommandLine
+
+        commands = "\n".join(f"  {name:14}{meaning}" for name, (_, meaning) in COMMANDS.items())
+        parser = CommandLine(
+            prog="shufflenet-jax",
+            usage="%(prog)s COMMAND [options]",
+            description=f"commands:\n{commands}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument(
+            "command", choices=COMMANDS, metavar="COMMAND", help="one of these; COMMAND --help tells more"
+        )
+        options = parser.parse_args(argv[:1])
+        # Only what the command needs is imported: the libraries take seconds.
+        module = importlib.import_module(f".commands.{COMMANDS[options.command][0]}", __package__)
     return module.main(argv[1:])
 
 
-def entry():
-    return run(main)
+def entry(*words: str) -> int:
+    """Run a command as a process: the words and those of the command line; return its exit status."""
+    with interrupts_quiet():
+        from .commands.console import run
+    return run(main, [*words, *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def interrupts_quiet() -> Iterator[None]:
+    """End the process with status 130 at Ctrl-C; an exception would surface anywhere inside an import."""
+    usual, here = signal.default_int_handler, threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not usual:  # Python sets handlers in the main thread alone.
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 if __name__ == "__main__":

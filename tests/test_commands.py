@@ -1,8 +1,11 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -232,6 +235,29 @@ def test_scripts_run_from_the_checkout_without_installation(command, tmp_path):
     where = ROOT if command[0] == "-m" else tmp_path
     done = subprocess.run([sys.executable, *words, "--help"], cwd=where, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage:") and not done.stderr
+
+
+@pytest.fixture
+def interruptible():
+    """Processes that are started take Ctrl-C as usual, also where this one was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks there at what a process has loaded")
+@pytest.mark.parametrize("library", ["_ctypes", "numpy", "jaxlib"])
+@pytest.mark.parametrize("command", [("train.py",), ("-m", "shufflenet_jax", "eval")])
+def test_ctrl_c_during_imports_ends_a_command_quietly(command, library, interruptible):
+    """Wait until a library is loaded, send the signal, and expect a shell's status for it and no word."""
+    argv = [sys.executable, *command, "--help"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while library not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None, "it has ended before the library was loaded"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        out, stderr = process.communicate(timeout=60)
+    assert (process.returncode, out, stderr) == (130, "", "")
 
 
 def test_the_package_runs_the_scripts_own_code(ten_classes, call, refused):

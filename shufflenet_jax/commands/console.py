@@ -28,8 +28,6 @@ def run(command, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     global _debug
     debug = _debug = "--debug" in argv
-    enable_compilation_cache()
-    keep_freed_memory()
     # Orbax and Grain report at length what they do, and log with a traceback each error that they raise anyway.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
@@ -37,6 +35,8 @@ def run(command, argv=None):
     warnings.filterwarnings("ignore", module=r"PIL\.")
     with _messages_shown():
         try:
+            enable_compilation_cache()
+            keep_freed_memory()
             return command([word for word in argv if word != "--debug"]) or 0
         except KeyboardInterrupt:
             status = 130
