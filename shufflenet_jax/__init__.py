@@ -65,8 +65,8 @@ def load(
     """The network in a checkpoint, for a Flax loop of your own.
 
     Args:
-      checkpoint: a published name, a model directory, a training workdir (its best checkpoint, else the latest) or a
-        .pth file.
+      checkpoint: a published name, a model directory, a training workdir (its best checkpoint, else the latest), one
+        of its numbered checkpoints or a .pth file.
       num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
       in_chans: channels of the images, where they are not the checkpoint's; as in `get_model`.
       settings: `conv5`, the `seed` of a new classifier, or fields of ShuffleNetV2 like `dtype`,

@@ -7,6 +7,7 @@ with the variables and, beside them, what the optimiser needs to go on and, wher
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from .files import path_of, read_file, require_plain, written_aside
 from .model import ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
+STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint, which has our hashes too.
 
 
 def module_of(info, **settings):
@@ -75,17 +77,42 @@ def require_free(directory, *, overwrite):
 
 
 def load_directory(directory, *, ema=False, **settings):
-    """(module, variables, ModelInfo) of a model directory or a training workdir: see `loading.load_model`."""
+    """(module, variables, ModelInfo) of a model directory, a training workdir or one of its numbered checkpoints.
+
+    See `loading.load_model`.
+    """
     directory = path_of(directory).absolute()
-    info = read_info(directory)
+    info = read_info(_workdir_of(directory) or directory)
     module = module_of(info, **settings)
     if not (directory / VARIABLES).is_dir():
         directory = _best_or_latest(directory)
     if ema and not (directory / EMA).is_dir():
         raise InputError(f"{directory} holds no moving averages; leave `ema` out")
-    variables = _restore(directory / (EMA if ema else VARIABLES), variable_shapes(module))
+    name = EMA if ema else VARIABLES
+    variables = _restore(directory / name, variable_shapes(module), _hashes_in(directory).get(name))
     require_sound(directory, variables, info)
     return module, variables, info
+
+
+def _workdir_of(directory: Path) -> Path | None:
+    """Return the training workdir that a numbered checkpoint belongs to; None for any other folder."""
+    place = directory.resolve()
+    numbered = place.parent.name == STEPS and place.name.isdigit() and not (directory / INFO).exists()
+    return place.parent.parent if numbered else None
+
+
+def _hashes_in(folder: Path) -> dict[str, str]:
+    """Return {item: sha256} of a numbered checkpoint, as `TrainingCheckpoints.save` stores them.
+
+    Older versions stored none, and model directories have theirs in model.json.
+    """
+    try:
+        hashes = json.loads(read_file(folder / STEP_METADATA))["custom_metadata"].get("sha256", {})
+        return {str(name): str(sha256) for name, sha256 in hashes.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"the checkpoint {folder} is damaged: {STEP_METADATA} cannot be read ({error})") from error
 
 
 def require_sound(path, variables, info):
@@ -106,7 +133,8 @@ def read_info(directory):
         return ModelInfo.from_json(read_file(directory / INFO).decode())
     except FileNotFoundError as error:
         raise InputError(
-            f"no model at {directory}: it has no {INFO}; give a model directory, a training workdir or a .pth file"
+            f"no model at {directory}: it has no {INFO}; give a model directory, a training workdir, one of "
+            "its numbered checkpoints or a .pth file"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{directory / INFO} cannot be read: {error}") from error
@@ -114,8 +142,8 @@ def read_info(directory):
         raise InputError(f"{directory}: {error}") from error
 
 
-def _restore(path, shapes):
-    """The arrays below a path in the form of a tree of shapes, as NumPy arrays."""
+def _restore(path, shapes, sha256=None):
+    """The arrays below a path in the form of a tree of shapes, as NumPy arrays; they must have the hash, if given."""
     require_plain(path)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
@@ -131,6 +159,8 @@ def _restore(path, shapes):
             raise InputError(
                 f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
             )
+    if sha256 is not None and sha256 != hash_of_variables(restored):  # Of the types that were saved.
+        raise InputError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
 
 
@@ -227,9 +257,10 @@ class TrainingCheckpoints:
         Raises:
           InputError: it, or the one before, cannot be written.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
+        hashes = {name: hash_of_variables(tree) for name, tree in items.items()}
         with self._errors_told():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=args, metrics=metrics, custom_metadata={"sha256": hashes})
 
     @contextlib.contextmanager
     def _errors_told(self):
@@ -243,7 +274,9 @@ class TrainingCheckpoints:
 
     def restore(self, step, items):
         """The trees saved at a step as NumPy arrays, in the form of the given ones (arrays or shapes)."""
-        return {name: _restore(self.directory / str(step) / name, tree) for name, tree in items.items()}
+        folder = self.directory / str(step)
+        hashes = _hashes_in(folder)
+        return {name: _restore(folder / name, tree, hashes.get(name)) for name, tree in items.items()}
 
 
 def _top1(metrics):

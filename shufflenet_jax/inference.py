@@ -139,7 +139,8 @@ def get_model(
     """A model by its published name, or from a checkpoint of your own.
 
     Args:
-      name: a name of `list_models`, a model directory, a training workdir or a .pth file.
+      name: a name of `list_models`, a model directory, a training workdir, one of its numbered checkpoints or a
+        .pth file.
       pretrained: load the published weights (downloaded on first use); a name alone gives fresh ones. A checkpoint of
         your own always brings its weights.
       num_classes: of a new classifier, where it is not the checkpoint's; 0: none.

@@ -16,9 +16,9 @@ def load_model(checkpoint, *, ema=False, **settings):
     """The network in a checkpoint of any form.
 
     Args:
-      checkpoint: a model directory, a training workdir (its best checkpoint, else the latest), a published name, whose
-        file is downloaded, or a .pth file; both are converted once and kept in the cache; or a .safetensors file that
-        `export` wrote.
+      checkpoint: a model directory; a training workdir (its best checkpoint, else the latest) or one of its numbered
+        checkpoints, WORKDIR/checkpoints/N; a published name, whose file is downloaded, or a .pth file; both are
+        converted once and kept in the cache; or a .safetensors file that `export` wrote.
       ema: take the moving averages that a training or an MMPretrain file keeps beside the weights.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:

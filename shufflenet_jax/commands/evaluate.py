@@ -223,7 +223,10 @@ def compared(options, info, rows, others):
 
 def parse(argv):
     parser = CommandLine(prog="eval.py", description=DESCRIPTION)
-    told = f"a published name, a model directory, a training workdir, a .pth or .safetensors file (default: {CARD})"
+    told = (
+        "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or .safetensors file "
+        f"(default: {CARD})"
+    )
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     told = (

@@ -235,7 +235,9 @@ def batch_size(text):
 
 def parse(argv):
     parser = CommandLine(prog="shufflenet-jax export", description=DESCRIPTION)
-    told = "a published name, a model directory, a training workdir, a .pth or a .safetensors file"
+    told = (
+        "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or a .safetensors file"
+    )
     parser.add_argument("checkpoint", help=told)
     told = "stablehlo for JAX, onnx, safetensors, or the names of a PyTorch project"
     parser.add_argument("--format", choices=ENDINGS, required=True, help=told)

@@ -81,7 +81,10 @@ def parse(argv):
     parser = CommandLine(prog="shufflenet-jax predict", description=DESCRIPTION)
     told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
-    told = f"a published name, a model directory, a training workdir, a .pth or .safetensors file (default: {CARD})"
+    told = (
+        "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or .safetensors file "
+        f"(default: {CARD})"
+    )
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--topk", type=positive_integer, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")

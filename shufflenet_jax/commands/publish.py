@@ -19,7 +19,9 @@ DESCRIPTION = (
 
 def main(argv):
     parser = CommandLine(prog="shufflenet-jax publish", description=DESCRIPTION)
-    parser.add_argument("checkpoint", help="a model directory, a training workdir (its best), or a .pth file")
+    parser.add_argument(
+        "checkpoint", help="a model directory, a training workdir (its best), WORKDIR/checkpoints/N, or a .pth file"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to put it in")
     parser.add_argument("--name", required=True, help="what to call it, like shufflenet_v2_x0_5_pets")
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")

@@ -11,7 +11,7 @@ DESCRIPTION = "Write a model directory as a PyTorch checkpoint; what was convert
 
 def main(argv):
     parser = CommandLine(prog="to_torch.py", description=DESCRIPTION)
-    parser.add_argument("dir", help="a model directory or a training workdir")
+    parser.add_argument("dir", help="a model directory, a training workdir or WORKDIR/checkpoints/N")
     parser.add_argument("--dialect", choices=DIALECTS, required=True, help="the project whose names to use")
     parser.add_argument("--out", required=True, help="the file to write")
     options = parser.parse_args(argv)
