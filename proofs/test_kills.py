@@ -20,6 +20,7 @@ TRAINING = (
     *("--config", "digits", "--image-size", "16", "--epochs", "4", "--eval-every", "1", "--log-every", "10"),
     *("--mixup", "0.2", "--ema-decay", "0.9", "--dropout", "0.1"),
 )
+SEED = int(os.environ.get("SEED", "0"))
 RUNS = max(1, round(20 * SHARE))
 
 
@@ -72,12 +73,12 @@ def end_of(workdir):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows], last.name, trees
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
-def test_a_killed_run_ends_as_if_it_had_not_been(alone, seed, tmp_path):
+@pytest.mark.parametrize("number", range(RUNS))
+def test_a_killed_run_ends_as_if_it_had_not_been(alone, number, tmp_path):
     whole, duration = alone
-    rng, kills = random.Random(seed), 0
+    rng, kills = random.Random(f"{SEED}/{number}"), 0
     for attempt in range(2):
-        kills += kill(tmp_path / "run", rng, duration, during_save=(seed + attempt) % 2 == 1)
+        kills += kill(tmp_path / "run", rng, duration, during_save=(number + attempt) % 2 == 1)
     assert kills, "it must have been running"
     finish(tmp_path / "run")
     (rows, step, trees), (expected_rows, expected_step, expected) = end_of(tmp_path / "run"), end_of(whole)

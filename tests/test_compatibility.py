@@ -38,6 +38,9 @@ def assert_resumes(workdir, call):
     status, _, stderr = call(train.main, *COMMAND, "--workdir", workdir)
     assert status == 0, stderr
     assert f"continuing after step {EXPECTED['resumed_after']}\n" in stderr
+    assert f"warning: an older version wrote {workdir}, without a fingerprint of its data" in stderr
+    (start,) = json.loads((workdir / "config.json").read_text())["resumed"]
+    assert {name: part["examples"] for name, part in start["data"].items()} == {"train": 1438, "eval": 359}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     before = [json.loads(line) for line in (FIRST / "workdir/metrics.jsonl").read_text().splitlines()]
     assert rows[: len(before)] == before

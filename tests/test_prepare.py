@@ -313,7 +313,7 @@ def test_data_sets_keep_their_classes_or_take_the_models(tmp_path, call):
     assert own.classes == ("cat", "dog") and (own[5].name, own[5].label) == ("dog/000.jpg", 1)
     wide = open_source("tfds:pets", data_dir=tmp_path, classes=["ant", "bee", "cat", "dog"], num_classes=4)
     assert len(wide) == 3 and wide[0].label == 2
-    with pytest.raises(InputError, match="does not know: dog"):
+    with pytest.raises(InputError, match="does not have: dog"):
         open_source("tfds:pets", data_dir=tmp_path, classes=["cat", "cow"], num_classes=2)
     with pytest.raises(InputError, match="no split 'test'"):
         open_source("tfds:pets", "test", data_dir=tmp_path)

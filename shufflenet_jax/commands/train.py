@@ -10,7 +10,7 @@ import simple_parsing
 from .. import parallel
 from ..batch_groups import Epoch
 from ..config import TrainConfig
-from ..data.sources import KNOWN_SIZES, open_source
+from ..data.sources import KNOWN_SIZES, Reader, open_source
 from ..errors import InputError
 from ..recipes import PRESETS
 from ..training.curves import plot_schedule
@@ -28,7 +28,7 @@ def main(argv):
         with jax.enable_x64(config.dtype == "float64"):
             return print_schedule(config, options.print_schedule)
     with parallel.joined(options.coordinator_address, options.num_processes, options.process_id, on_joined=speak_as):
-        result = train(config, options.workdir or f"runs/{options.config}")
+        result = train(config, options.workdir or f"runs/{options.config}", changed_data=options.changed_data)
     # 0 for SIGTERM, so that a scheduler starts the run again; a shell's own status for Ctrl-C.
     return 128 + signal.SIGINT if result.signal == signal.SIGINT and not result.finished else 0
 
@@ -48,6 +48,11 @@ def parse(argv):
     )
     parser.add_argument("--config", required=True, choices=PRESETS, help="the preset: " + ", ".join(PRESETS))
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/ and the preset's name)")
+    parser.add_argument(
+        "--changed-data",
+        action="store_true",
+        help="continue a run also where examples of its data were added, removed or changed",
+    )
     parser.add_argument(
         "--print-schedule",
         metavar="FILE.png",
@@ -77,7 +82,7 @@ def print_schedule(config, picture):
     """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
     try:
         place = {"data_dir": config.data_dir, "val_share": config.val_share}
-        size = len(open_source(config.data, config.train_split, **place))
+        size = len(open_source(config.data, config.train_split, **place, reader=Reader("train_split")))
     except InputError:
         if config.data not in KNOWN_SIZES:
             raise

@@ -1,6 +1,7 @@
 """Where the bytes of a stored file lie: a file, a part of one, or a member of a zip."""
 
 import functools
+import os
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -36,6 +37,17 @@ class Location(NamedTuple):
         except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.member or self.path} cannot be read: {reason}; repair or remove it") from error
+
+    def length(self) -> int:
+        """Return the number of bytes, without reading them; -1 where there is no such file."""
+        if self.size >= 0:
+            return self.size
+        try:
+            if self.member is not None:
+                return open_zip(self.path).getinfo(self.member).file_size
+            return os.stat(self.path).st_size
+        except (OSError, KeyError, ValueError):  # ValueError is of a name that no file can have.
+            return -1
 
     def _require_small(self, size):
         if size > LARGEST:

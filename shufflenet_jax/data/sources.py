@@ -20,7 +20,23 @@ from .inventory import Note, describe_skipped
 from .labels import are_numbers, spelling
 
 KNOWN_SIZES = {"tfds:imagenet2012": 1_281_167, "tfds:cifar10": 50_000}  # Training images, where there are none yet.
-ADVICE = "choose a checkpoint that was trained on these classes"
+
+
+class Reader(NamedTuple):
+    """Who reads a source, as messages call it.
+
+    Attributes:
+      split: the reader's argument for the split.
+      owner: whose classes decide the labels.
+      advice: what to do where the data has other classes than the owner.
+    """
+
+    split: str = "split"
+    owner: str = "the model"
+    advice: str = "choose a checkpoint that was trained on these classes"
+
+
+MODEL = Reader()
 
 
 class Example(NamedTuple):
@@ -41,6 +57,9 @@ class Source:
     label_shape: tuple[int, ...] = ()  # (K,) where an image may have several labels.
     notes: tuple[Note, ...] = ()  # What was decided and ignored when it was opened, for `folders.report`.
     skipped: int = 0  # Files that were ignored.
+    labels_at_hand: bool = True  # Whether `labels` reads nothing.
+    # What tells these examples from any others, in order: names, sizes and labels of images, or shards. Reads nothing.
+    traits: Callable[[], Iterable[object]] = tuple
 
     def __len__(self):
         return self.size
@@ -50,7 +69,15 @@ class Source:
 
 
 def open_source(
-    data, split=None, *, data_dir=None, classes=None, num_classes=None, multi_label=False, val_share=VAL_SHARE
+    data,
+    split=None,
+    *,
+    data_dir=None,
+    classes=None,
+    num_classes=None,
+    multi_label=False,
+    val_share=VAL_SHARE,
+    reader=MODEL,
 ):
     """Open a data set.
 
@@ -64,30 +91,34 @@ def open_source(
       multi_label: also take data whose images have several right labels, like TFDS's imagenet2012_real (Beyer et al.,
         2020); images without any are left out.
       val_share: the share of each class that a folder without splits holds out as val.
+      reader: who will read the data, for messages.
     Raises:
       InputError: nothing usable lies there, or its labels are not those of the model.
     """
     if data == "digits":
         source = _open_digits(split)
     elif str(data).startswith("tfds:"):
-        source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes, multi_label)
+        source = _open_tfds(str(data).removeprefix("tfds:"), split, data_dir, classes, multi_label, reader)
     else:
-        source = _open_folder(path_of(data), split, classes, val_share)
+        source = _open_folder(path_of(data), split, classes, val_share, reader)
     # A list names no classes: its largest label only bounds how many there are.
     exact = source.classes is not None
     if num_classes and (source.num_classes > num_classes or (exact and source.num_classes < num_classes)):
-        raise InputError(f"the data {data} has {source.num_classes} classes, but the model has {num_classes}; {ADVICE}")
+        raise InputError(
+            f"the data {data} has {source.num_classes} classes, but {reader.owner} has {num_classes}; {reader.advice}"
+        )
     if exact and classes is not None and tuple(classes) != source.classes:
         raise InputError(
-            f"the data {data} has other classes than the model, like {source.classes[0]} for {classes[0]}; {ADVICE}"
+            f"the data {data} has other classes than {reader.owner}, like {source.classes[0]} for {classes[0]}; "
+            f"{reader.advice}"
         )
     if num_classes and data != "digits":
-        notes = (*source.notes, *_notes_on_numbers(data, source.classes, classes))
+        notes = (*source.notes, *_notes_on_numbers(data, source.classes, classes, reader))
         return dataclasses.replace(source, notes=notes)
     return source
 
 
-def _open_tfds(name, split, data_dir, classes, multi_label):
+def _open_tfds(name, split, data_dir, classes, multi_label, reader):
     """A data set on disk in ArrayRecord form; nothing is ever downloaded, and no TensorFlow is needed."""
     import tensorflow_datasets as tfds  # Costs half a second to import.
     from tensorflow_datasets.proto import tf_example_pb2
@@ -106,7 +137,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     labels = getattr(labels, "feature", labels)  # That of a sequence.
     if "image" not in info.features or not isinstance(labels, tfds.features.ClassLabel):
         raise InputError(f"the data set {name} holds {', '.join(info.features)}, but no image and label of a class")
-    split = _choose_split(split, f"the data set {name}", info.splits)
+    split = _choose_split(split, f"the data set {name}", info.splits, reader)
     # TFDS's own parsing makes an array of every feature, which takes as long as half the decoding of an image.
     try:
         records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
@@ -117,7 +148,7 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
     own = tuple(labels.names)
     # Without names of its own, the data's numbers are the labels.
     classes = own if classes is None or not named else tuple(classes)
-    rank = _rank(own if named else (), classes, f"the data set {name}")
+    rank = _rank(own if named else (), classes, f"the data set {name}", reader)
     naming = next((key for key in ("file_name", "id") if key in info.features), None)
 
     def parsed(index):
@@ -146,11 +177,19 @@ def _open_tfds(name, split, data_dir, classes, multi_label):
         called, image, (label,) = parsed(index)
         return Example(called, image, label)
 
+    traits = _traits_of_shards(info, info.splits[split])
     known = {"num_classes": len(classes), "classes": classes if named else None}
+    known |= {"labels_at_hand": False, "traits": lambda: traits}
     if truth == "label":
         return Source(size, read, labels=lambda: (label for (label,) in all_labels()), **known)
 
     return _open_judged(f"split {split} of {name}", parsed, all_labels(), known)
+
+
+def _traits_of_shards(info, split):
+    """Return what tells a split of a TFDS data set from another one: its name, version, size and shards."""
+    shards = tuple(map(int, split.shard_lengths))
+    return (info.full_name, split.name, int(split.num_bytes), shards)
 
 
 def _open_judged(what, parsed, truths, known):
@@ -226,21 +265,27 @@ def _open_digits(split):
     def read(index):
         return Example(f"digit{chosen[index]:04d}", images[index], int(labels[index]))
 
-    return Source(len(chosen), read, 10, tuple("0123456789"), labels.tolist)
+    def traits():
+        return ((f"digit{number:04d}", 64, int(label)) for number, label in zip(chosen, labels, strict=True))
+
+    return Source(len(chosen), read, 10, tuple("0123456789"), labels.tolist, traits=traits)
 
 
-def _open_folder(place, split, classes, val_share):
+def _open_folder(place, split, classes, val_share, reader):
     inventory = open_folder(place, split, val_share=val_share)
-    split = _choose_split(split, str(place), inventory.splits)
+    split = _choose_split(split, str(place), inventory.splits, reader)
     part = inventory.splits[split]()
     entries, labels = part.entries, [entry.label for entry in part.entries]
     if part.classes is not None:
         classes = part.classes if classes is None else tuple(classes)
-        rank = _rank(part.present, classes, f"{place}/{split}")
+        rank = _rank(part.present, classes, f"{place}/{split}", reader)
         labels = [rank[part.classes[label]] for label in labels]
 
     def read(index):
         return Example(entries[index].name, entries[index].location.read(), labels[index])
+
+    def traits():
+        return ((entry.name, entry.location.length(), label) for entry, label in zip(entries, labels, strict=True))
 
     return Source(
         len(entries),
@@ -250,23 +295,24 @@ def _open_folder(place, split, classes, val_share):
         lambda: labels,
         notes=(*inventory.notes, *part.notes, *describe_skipped(inventory.place, inventory.skipped, part.skipped)),
         skipped=inventory.skipped.total + part.skipped.total,
+        traits=traits,
     )
 
 
-def _choose_split(split, what, splits):
+def _choose_split(split, what, splits, reader):
     """Return the split asked for, large and small letters alike, or the first of the usual evaluation splits."""
     if split in splits:
         return split
     alike = [name for name in splits if split is not None and name.casefold() == split.casefold()]
     found = next((name for name in EVAL_SPLITS if split is None and name in splits), None) or (alike or [None])[0]
     if found is None:
-        others = f"; it has {', '.join(sorted(splits))}" if splits else ""
+        others = f"it has {', '.join(sorted(splits))}; name another with `{reader.split}`"
         wanted = f"none of the splits {', '.join(EVAL_SPLITS)}" if split is None else f"no split {split!r}"
-        raise InputError(f"{what} has {wanted}{others}; name another with `split`")
+        raise InputError(f"{what} has {wanted}; {others if splits else 'it holds no images in a form that is known'}")
     return found
 
 
-def _rank(present, classes, what):
+def _rank(present, classes, what, reader):
     """Return {class name: label}. Raises InputError if a class that is present is none of the classes."""
     rank = {name: label for label, name in enumerate(classes)}
     unknown = sorted(set(present) - set(rank))
@@ -274,26 +320,29 @@ def _rank(present, classes, what):
         alike = next((name for name in classes if spelling(name) == spelling(unknown[0])), None)
         if alike is not None:
             raise InputError(
-                f"{what} has a class {unknown[0]!a} where the model has {alike!a}, which differ only in case, spaces "
-                "or Unicode form; rename the folder"
+                f"{what} has a class {unknown[0]!a} where {reader.owner} has {alike!a}, which differ only in case, "
+                "spaces or Unicode form; rename the folder"
             )
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise InputError(f"{what} has classes that the model does not know: {', '.join(unknown[:3])}{more}; {ADVICE}")
+        raise InputError(
+            f"{what} has classes that {reader.owner} does not have: {', '.join(unknown[:3])}{more}; {reader.advice}"
+        )
     return rank
 
 
-def _notes_on_numbers(data, own, model):
+def _notes_on_numbers(data, own, model, reader):
     """Return a warning where the names of one side are numbers and the other side has labels without names.
 
     Args:
       data: what the data is called.
       own: the names of its classes, or None.
       model: those of the model that will read it, or None.
+      reader: who that is.
     """
     numbers = own or model
     if not numbers or (own and model) or not are_numbers(numbers):
         return ()
-    unnamed = "the model's labels" if own else "the data's labels"
+    unnamed = f"{reader.owner}'s labels" if own else "the data's labels"
     pairs = ", ".join(f"{label} is class {name}" for label, name in enumerate(numbers[:3]))
     text = f"the classes of {data} are numbers, but {unnamed} have no names: taken by their order, label {pairs}"
     return (Note(logging.WARNING, f"{text}{', ...' if len(numbers) > 3 else ''}"),)

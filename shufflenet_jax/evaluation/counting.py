@@ -44,6 +44,20 @@ def eval_step(module, preprocess, variables, batch, *, flip=False, among=None):
     }, logits
 
 
+def count_predictions(evaluate, variables, batch):
+    """Take an evaluation's share of a batch on one device, and also count how often each class comes first.
+
+    Args:
+      evaluate: `(variables, batch) -> (sums, logits)`, such as `partial(eval_step, module, preprocess)`.
+      variables, batch: as in `eval_step`.
+    Returns:
+      (sums with "predicted": int32 (num_classes,), logits).
+    """
+    sums, logits = evaluate(variables, batch)
+    first = jax.nn.one_hot(logits.argmax(1), logits.shape[1], dtype=jnp.int32)
+    return {**sums, "predicted": jnp.where((batch["mask"] > 0)[:, None], first, 0).sum(0)}, logits
+
+
 def evaluate(step, variables, batches, *, keep_logits=False):
     """Runs an evaluation over all batches.
 

@@ -26,14 +26,14 @@ class MetricsLog:
 
         self._path = workdir / METRICS
         rows = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
-        with written_aside(self._path) as draft:
-            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if not last_step:
             shutil.rmtree(workdir / EVENTS, ignore_errors=True)
         try:
             self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
         except OSError as error:
             raise InputError(f"{workdir / EVENTS} cannot be written: {error.strerror}; remove it") from error
+        with written_aside(self._path) as draft:
+            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def __enter__(self):
         return self

@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import checkpoint, parallel, progress
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
+from ..data.fingerprint import take_fingerprint
 from ..data.inventory import report_notes
 from ..data.pipeline import eval_batches, train_batches
-from ..data.sources import open_source
+from ..data.sources import Reader, open_source
 from ..errors import InputError
-from ..evaluation.counting import eval_step, evaluate
+from ..evaluation.counting import count_predictions, eval_step, evaluate
 from ..files import path_of
 from ..model import init_variables
 from . import workdir as workdirs
@@ -28,12 +30,20 @@ from .finetuning import initial_variables
 from .interruption import Interruption
 from .logs import METRICS, Meter, MetricsLog, read_metrics
 from .optimizer import decay_table
+from .pitfalls import warn_of_collapse, warn_of_pitfalls
+from .resuming import Data
 from .schedule import count_steps, make_schedule, peak_rate
 from .state import create_state
 from .step import train_step
 from .supervision import load_supervision
 
 logger = logging.getLogger(__name__)
+
+EVALUATION = Reader(
+    split="eval_split",
+    owner="the training data",
+    advice="evaluate on classes that training has: correct `eval_split`, `train_split` or the data",
+)
 
 
 class Evaluation(NamedTuple):
@@ -66,7 +76,7 @@ class TrainResult(NamedTuple):
     best: Evaluation | None
 
 
-def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
+def train(config: TrainConfig, workdir: str | Path, *, changed_data: bool = False) -> TrainResult:
     """Train a network in a workdir, or continue the training that it holds.
 
     All processes of a run on several hosts call this together, inside `parallel.joined`.
@@ -74,48 +84,55 @@ def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
     Args:
       config: the settings, such as `recipes.PRESETS["digits"]`.
       workdir: folder of the run; it is made if there is none.
+      changed_data: continue the training also where examples were added, removed or changed since it last started.
     Returns:
       What the run reached.
     Raises:
       InputError: the data, the settings or the workdir cannot be used, or the loss is no longer finite.
     """
     with jax.enable_x64(config.dtype == "float64"):
-        result = _train(config, path_of(workdir))
+        result = _train(config, path_of(workdir), changed_data=changed_data)
     gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
     return result
 
 
-def _train(config, workdir):
+def _train(config, workdir, *, changed_data):
     train_source, eval_source = open_sources(config)
     info = describe_model(config, train_source)
     epoch = Epoch(len(train_source), parallel.plan_for_devices(config))
     require_trainable(config, epoch)
     parallel.require_same("settings", config)
-    parallel.require_same("data", (len(train_source), len(eval_source), info.num_classes, info.classes))
+    data = Data(*map(take_fingerprint, (train_source, eval_source)))
+    parallel.require_same("data", (data, info.num_classes, info.classes))
     supervision = load_supervision(config, train_source, info)
     settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial", "frozen")}
     module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
     begun = checkpoint.has_steps(workdir)
     variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
+    fresh = create_state(module, config, epoch, variables)
     total_steps = count_steps(config, epoch) + config.recalibrate
 
     with (
         Interruption() as interruption,
-        workdirs.claimed(workdir, config, info),
+        workdirs.claimed(workdir, config, info, data, changed_data=changed_data),
         checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints,
     ):
-        state, start = resume(checkpoints, create_state(module, config, epoch, variables))
+        state, start = resume(checkpoints, fresh, total_steps)
         logger.info("%s\n%s", describe_run(config, epoch), decay_table(state.params, config.decay, config.frozen))
+        if parallel.is_first():
+            warn_of_pitfalls(config, epoch, train_source, eval_source)
         batches = fed_batches(train_source, config, epoch, start, total_steps, stored=supervision.stored)
         step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=supervision.teacher))
         constants = parallel.replicate(supervision.constants)
         with MetricsLog(workdir, last_step=start) if parallel.is_first() else nullcontext() as log:
+            if log and begun:
+                workdirs.record_start(workdir, config, info, data, continues=start < total_steps)
             run = Run(
                 config,
                 epoch,
                 step=lambda state, batch: step(state, batch, constants),
                 evaluate=make_evaluate(module, config, eval_source),
-                report=make_report(config, log, epoch),
+                report=make_report(config, log, epoch, eval_source.classes),
                 checkpoints=checkpoints,
                 interruption=interruption,
             )
@@ -145,8 +162,8 @@ class Run(NamedTuple):
     config: TrainConfig
     epoch: Epoch
     step: Callable  # (State, batch) -> (State, metrics).
-    evaluate: Callable  # Variables -> figures.
-    report: Callable  # (step, split, figures) -> None.
+    evaluate: Callable  # Variables -> (figures, how often each class was predicted).
+    report: Callable  # (step, split, figures, [predictions of each class]) -> None.
     checkpoints: checkpoint.TrainingCheckpoints
     interruption: Interruption
 
@@ -166,10 +183,10 @@ def take_steps(run, state, start, batches):
             run.report(step, "train", finite(meter, run.checkpoints))
         figures = None
         if evaluating:
-            figures = run.evaluate(state.variables)
-            run.report(step, "eval", figures)
+            figures, predicted = run.evaluate(state.variables)
+            run.report(step, "eval", figures, predicted)
             if state.ema:
-                run.report(step, "eval_ema", run.evaluate(state.ema))
+                run.report(step, "eval_ema", run.evaluate(state.ema)[0])
             meter.restart()
         if evaluating or stopping:
             run.checkpoints.save(step, parallel.to_host(items_of(state)), figures)
@@ -181,9 +198,9 @@ def take_steps(run, state, start, batches):
 def open_sources(config):
     """Open the data to train and to evaluate on, and report what was decided and ignored."""
     place = {"data_dir": config.data_dir, "val_share": config.val_share}
-    train = open_source(config.data, config.train_split, **place)
+    train = open_source(config.data, config.train_split, **place, reader=Reader("train_split"))
     known = {"classes": train.classes, "num_classes": train.num_classes}
-    evaluated = open_source(config.data, config.eval_split, **place, **known)
+    evaluated = open_source(config.data, config.eval_split, **place, **known, reader=EVALUATION)
     if parallel.is_first():
         report_notes((*train.notes, *evaluated.notes))
     return train, evaluated
@@ -208,10 +225,13 @@ def items_of(state):
     return items | {checkpoint.EMA: state.ema} if state.ema else items
 
 
-def resume(checkpoints, state):
+def resume(checkpoints, state, total_steps):
     """The state to go on from, on all devices, and how many steps it has behind it.
 
     Damaged checkpoints are named and taken out of the way, once an older one is found whole.
+
+    Raises:
+      InputError: no checkpoint can be read, or it has more steps behind it than the run shall take.
     """
     damaged, found, step = {}, None, 0
     for number in checkpoints.steps():
@@ -222,6 +242,11 @@ def resume(checkpoints, state):
             damaged[number] = error
     if damaged and not found:
         raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
+    if step > total_steps:
+        raise InputError(
+            f"{checkpoints.directory.parent} holds a run of {step:,} steps, but with the data as they are now it ends "
+            f"after {total_steps:,}; restore the data, or choose another `workdir`"
+        )
     parallel.require_same("checkpoints", (step, *damaged))
     for bad, reason in damaged.items():
         place = checkpoints.set_aside(bad)
@@ -274,23 +299,31 @@ def finite(meter, checkpoints):
 
 
 def make_evaluate(module, config, source):
-    """A function from variables to the figures of the evaluation split."""
-    step = parallel.map_eval_step(partial(eval_step, module, config.preprocess))
+    """Return a function from variables to the figures of the evaluation split, and (num_classes,) the predictions."""
+    step = parallel.map_eval_step(partial(count_predictions, partial(eval_step, module, config.preprocess)))
     fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.device_count()
     batch_size = parallel.shared_equally(min(config.eval_batch_size, len(source), fitting))
 
     def evaluate_state(variables):
+        predicted = []
+
+        def counted(variables, batch):
+            sums, logits = step(variables, batch)
+            predicted.append(sums.pop("predicted"))
+            return sums, logits
+
         batches = eval_batches(source, config.preprocess, batch_size=batch_size, **parallel.own_slice())
-        return evaluate(step, variables, batches)[0]
+        figures, _ = evaluate(counted, variables, batches)
+        return figures, sum(np.asarray(counts, np.int64) for counts in predicted)
 
     return evaluate_state
 
 
-def make_report(config, log, epoch):
+def make_report(config, log, epoch, classes):
     """Return a function that logs a row of figures and reports evaluations; without a log it does nothing."""
     learning_rate = make_schedule(config, epoch)
 
-    def report(step, split, figures):
+    def report(step, split, figures, predicted=None):
         if figures is None or log is None:
             return
         names = ("loss", "top1", "top5")
@@ -307,6 +340,8 @@ def make_report(config, log, epoch):
             whose = " of the average" if split == "eval_ema" else ""
             accuracy = f"top-1{whose} {row['top1']:.2f} %, loss {row['loss']:.4f}"
             logger.info("step %s, epoch %.1f: %s", step, row["epoch"], accuracy)
+        if predicted is not None:
+            warn_of_collapse(step, predicted, row["top1"], row["lr"], classes)
 
     return report
 
