@@ -20,7 +20,7 @@ TRAINING = (
     *("--config", "digits", "--image-size", "16", "--epochs", "4", "--eval-every", "1", "--log-every", "10"),
     *("--mixup", "0.2", "--ema-decay", "0.9", "--dropout", "0.1"),
 )
-SEED = int(os.environ.get("SEED", "0"))
+SEED = int(os.environ.get("SEED", "0"))  # Of the moments of the kills.
 RUNS = max(1, round(20 * SHARE))
 
 
