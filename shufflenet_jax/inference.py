@@ -156,7 +156,7 @@ def get_model(
     if str(name) in PUBLISHED and not pretrained:
         info = published_info(str(name))
         module = module_of(info, **settings)
-        variables = jax.tree.map(np.asarray, init_variables(module, seed=seed))
+        variables = init_variables(module, seed=seed)
     else:
         module, variables, info = load_model(name, **settings)
     num_classes = info.num_classes if num_classes is None else num_classes
@@ -198,8 +198,7 @@ def _adapted(module, variables, info, num_classes, in_chans, conv5, seed):
     if num_classes != info.num_classes:
         params.pop("fc", None)
         if num_classes:
-            fresh = jax.jit(lambda: init_variables(module, seed=seed)["params"]["fc"])()
-            params["fc"] = jax.tree.map(np.asarray, fresh)
+            params["fc"] = init_variables(module, seed=seed)["params"]["fc"]
         changes |= {"classes": None, "metrics": None}
     if conv5 != info.conv5:
         del params["conv5"], batch_stats["conv5"]

@@ -9,16 +9,18 @@ from typing import Any, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import lowerings
 from .architecture import CHANNELS, LAYOUTS, STEM_CHANNELS, UNITS
 from .batch_groups import BatchGroups
 from .config import Initialization
 from .errors import InputError
+from .initialization import can_draw_together, draw_of, draw_together
 from .lowerings.shuffle import channel_shuffle, split_even_odd
 
 EPSILON = 1e-5
-UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's own: up to 1 / sqrt(inputs).
 MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part that is new.
 
 
@@ -31,15 +33,14 @@ class Conv(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     lowering: str = "auto"
-    initial: str = "mmpretrain"
-    stddev: float | None = None  # Of MMPretrain's initial weights; by default 1 / (I / groups).
+    initial: Initialization = "mmpretrain"
 
     @nn.compact
     def __call__(self, x):
         lower = lowerings.resolve(self.lowering)
         fan = x.shape[lower.CHANNEL_AXIS] // self.groups
-        init = UNIFORM if self.initial == "pytorch" else nn.initializers.normal(self.stddev or 1 / fan)
-        kernel = self.param("kernel", init, (self.size, self.size, fan, self.features), _stored(self.dtype))
+        shape = (self.size, self.size, fan, self.features)
+        kernel = self.param("kernel", draw_of((*self.path, "kernel"), shape, self.initial), shape, _stored(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         return lower.conv(x, kernel, stride=self.stride, groups=self.groups)
 
@@ -83,8 +84,7 @@ class ConvBN(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     lowering: str = "auto"
-    initial: str = "mmpretrain"
-    stddev: float | None = None
+    initial: Initialization = "mmpretrain"
 
     @nn.compact
     def __call__(self, x, batch_groups):
@@ -96,7 +96,6 @@ class ConvBN(nn.Module):
             self.dtype,
             self.lowering,
             self.initial,
-            self.stddev,
             name="conv",
         )
         return BatchNorm(self.train, self.relu, self.lowering, name="bn")(conv(x), batch_groups)
@@ -115,7 +114,7 @@ class Unit(nn.Module):
     train: bool
     dtype: Any = jnp.float32
     lowering: str = "auto"
-    initial: str = "mmpretrain"
+    initial: Initialization = "mmpretrain"
 
     @nn.compact
     def __call__(self, x, batch_groups):
@@ -177,7 +176,9 @@ class ShuffleNetV2(nn.Module):
     frozen: tuple[
         str, ...
     ] = ()  # Layers and stages whose batch norm predicts in training too, like ("conv1", "stage2").
-    initial: str = "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
+    initial: Initialization = (
+        "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
+    )
 
     @nn.compact
     def __call__(self, images, *, train=False, batch_groups=None):
@@ -200,7 +201,7 @@ class ShuffleNetV2(nn.Module):
         features, batch_groups = {}, batch_groups or BatchGroups()
 
         x = lower.from_nhwc(images.astype(self.dtype))
-        stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2, "stddev": 0.01}
+        stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2}
         x = ConvBN(STEM_CHANNELS, 3, **stem, name="conv1", **common)(x, batch_groups)
         x = x if self.small_stem else lower.max_pool(x)
         features["stem"] = lower.to_nhwc(x)  # (B, H/4, W/4, 24)
@@ -221,13 +222,13 @@ class ShuffleNetV2(nn.Module):
             return None, features
 
         x = Dropout(self.dropout, train)(x, batch_groups)
-        uniform, inputs = self.initial == "pytorch", x.shape[1]
+        uniform, shape = self.initial == "pytorch", (x.shape[1], self.num_classes)
         # Megvii's classifier alone has no bias.
         fc = nn.Dense(
             self.num_classes,
             use_bias=self.layout != "megvii",
-            kernel_init=UNIFORM if uniform else nn.initializers.normal(0.01),
-            bias_init=_uniform(inputs**-0.5) if uniform else nn.initializers.zeros,
+            kernel_init=draw_of(("fc", "kernel"), shape, self.initial),
+            bias_init=draw_of(("fc", "bias"), shape, self.initial) if uniform else nn.initializers.zeros,
             dtype=stored,
             param_dtype=stored,
             name="fc",
@@ -235,14 +236,28 @@ class ShuffleNetV2(nn.Module):
         return fc(x), features
 
 
-def _uniform(most):
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -most, most)
-
-
 def init_variables(module, *, seed=0):
-    """Fresh variables of a ShuffleNetV2, {"params", "batch_stats"}, from a seed."""
-    images = jnp.zeros((1, 32, 32, module.in_chans), module.dtype)
-    return jax.jit(module.init)(jax.random.key(seed), images)
+    """Fresh variables of a ShuffleNetV2, {"params", "batch_stats"}, from a seed: those that `module.init` gives.
+
+    They are NumPy arrays.
+    """
+    key = jax.random.key(seed)
+    if not can_draw_together(_stored(module.dtype)):
+        return jax.tree.map(np.asarray, jax.jit(module.init)(key, _smallest_images(module)))
+    variables, draws = {}, {}
+    leaves = flatten_dict(variable_shapes(module))
+    for (kind, *path), leaf in leaves.items():
+        kernel = leaves.get((kind, *path[:-1], "kernel"))
+        if path[-1] == "kernel" or (kernel and module.initial == "pytorch"):
+            draws[tuple(path)] = draw_of(tuple(path), kernel.shape, module.initial), leaf.shape
+        else:
+            variables[kind, *path] = np.full(leaf.shape, path[-1] in ("scale", "var"), leaf.dtype)
+    variables |= {("params", *path): numbers for path, numbers in draw_together(key, draws).items()}
+    return unflatten_dict(variables)
+
+
+def _smallest_images(module):
+    return jnp.zeros((1, 32, 32, module.in_chans), module.dtype)
 
 
 def describe(module):
@@ -260,7 +275,7 @@ def variable_shapes(module):
 
 @cache
 def _variable_shapes(module, _x64):
-    return jax.eval_shape(partial(init_variables, module))
+    return jax.eval_shape(module.init, jax.random.key(0), _smallest_images(module))
 
 
 def _stored(dtype):

@@ -386,7 +386,7 @@ def test_devices_and_parts_do_not_change_a_training(x64, small_networks):
     everything = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9}
     base = dataclasses.replace(IN1K, warmup_steps=5, **settings, **everything)
     module = ShuffleNetV2(0.5, 10, small_stem=True, dropout=base.dropout, dtype=np.float64, lowering="cpu")
-    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    variables = model.init_variables(module)
     ends = {}
     for count, parts in (ALONE, TOGETHER):
         config = dataclasses.replace(base, accumulate=parts)
@@ -442,7 +442,7 @@ def test_a_step_that_forgets_to_share_gradients_or_statistics_is_noticed(small_n
     batch = {"images": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
     config = dataclasses.replace(IN1K, image_size=16, batch_size=8, bn_group_size=4)
     module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, lowering="reference")
-    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    variables = model.init_variables(module)
     devices = jax.devices()[:2]
     epoch = Epoch(8, parallel.plan_for_devices(config, devices))
     monkeypatch.setattr(jax.lax, forgotten, lambda values, axis: values)
@@ -455,7 +455,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_table_says_so(small_networks):
     module = ShuffleNetV2(width=0.5, num_classes=10, frozen=("conv1", "stage2", "stage3", "stage4", "conv5"))
     config = dataclasses.replace(IN1K, freeze="backbone", batch_size=8, bn_group_size=0, image_size=32)
     assert config.frozen == module.frozen
-    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    variables = model.init_variables(module)
     rng = np.random.default_rng(0)
     batch = {"images": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 8)}
     device = jax.devices()[:1]
@@ -480,7 +480,7 @@ def test_recalibration_leaves_the_mean_of_the_batches_statistics_and_nothing_els
     module = ShuffleNetV2(width=0.5, num_classes=10, small_stem=True, dtype=np.float64)
     device = jax.devices()[:1]
     epoch = Epoch(16, parallel.plan_for_devices(config, device))
-    variables = jax.tree.map(np.asarray, model.init_variables(module))
+    variables = model.init_variables(module)
     learned, _ = run_steps(module, config, epoch, variables, batches[:2], device)
     found, _ = run_steps(module, config, epoch, variables, batches, device)
     jax.tree.map(np.testing.assert_array_equal, found.params, learned.params)
