@@ -6,10 +6,14 @@ with the variables and, beside them, what the optimiser needs to go on and, wher
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,11 +24,18 @@ from orbax.checkpoint import checkpoint_managers
 from . import parallel
 from .config import ModelInfo
 from .errors import InputError
-from .files import path_of, read_file, require_plain, written_aside
+from .files import path_of, read_file, refused_write, require_plain, written_aside
 from .model import ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint, which has our hashes too.
+# What the system reports where nothing is wrong with a file's content.
+NO_DAMAGE = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)))
+FIXED = ("width", "layout", "small_stem", "num_classes", "in_chans", "conv5")  # What no setting changes in a file.
+
+
+class DamagedError(InputError):
+    """A checkpoint's files are not those that were written."""
 
 
 def module_of(info, **settings):
@@ -39,14 +50,36 @@ def save_model(directory, info, variables, *, overwrite=False):
     Raises:
       InputError: something lies there already, and `overwrite` is off; or the place cannot be written.
     """
-    directory = Path(directory).absolute()
+    directory = path_of(directory).absolute()
     require_free(directory, overwrite=overwrite)
-    with written_aside(directory, folder=True) as draft:
+    alone = _by_itself()
+    with written_aside(directory, folder=True, check=load_directory) as draft:
         draft.mkdir()
         info = dataclasses.replace(info, sha256=hash_of_variables(variables))
         (draft / INFO).write_text(info.to_json(), encoding="utf-8")
-        with ocp.StandardCheckpointer(multiprocessing_options=_by_itself()) as checkpointer:
-            checkpointer.save(draft / VARIABLES, jax.tree.map(np.asarray, variables))
+        with (
+            _abandoned_work_silent(),
+            _plainly_named(draft) as folder,
+            ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer,
+        ):
+            checkpointer.save(folder / VARIABLES, jax.tree.map(np.asarray, variables))
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """Yield a path to a folder that Orbax and TensorStore take as it is: the folder's own, or a link's.
+
+    Orbax reads brackets as a pattern of names, TensorStore a backslash as a slash, and both fail on names that are not
+    UTF-8. The link lies in a temporary folder, and is removed after the block.
+    """
+    name = str(folder)
+    if not (set("[]*?\\") & set(name) or any("\udc80" <= letter <= "\udcff" for letter in name)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="shufflenet_jax-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def hash_of_variables(variables):
@@ -60,6 +93,7 @@ def hash_of_variables(variables):
 
 def _by_itself():
     """Orbax's options for a process that reads or writes something without the others of its run."""
+    parallel.require_platform()  # Which Orbax and the reader of its errors would take for a damaged file.
     return ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -83,7 +117,7 @@ def load_directory(directory, *, ema=False, **settings):
     """
     directory = path_of(directory).absolute()
     info = read_info(_workdir_of(directory) or directory)
-    module = module_of(info, **settings)
+    module = stored_module(directory, info, **settings)
     if not (directory / VARIABLES).is_dir():
         directory = _best_or_latest(directory)
     if ema and not (directory / EMA).is_dir():
@@ -111,8 +145,31 @@ def _hashes_in(folder: Path) -> dict[str, str]:
         return {str(name): str(sha256) for name, sha256 in hashes.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"the checkpoint {folder} is damaged: {STEP_METADATA} cannot be read ({error})") from error
+    except OSError as error:
+        raise InputError(
+            f"{folder / STEP_METADATA} cannot be read: {error.strerror}; mend that, and try again"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"the checkpoint {folder} is damaged: {STEP_METADATA} cannot be read ({error})") from error
+
+
+def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNetV2:
+    """Return the module of weights in a file or folder.
+
+    Args:
+      path: where they lie.
+      info: what is said of them there.
+      settings: fields of ShuffleNetV2 to change, like `dtype` and `lowering`.
+    Raises:
+      InputError: a setting contradicts the weights.
+    """
+    for name in FIXED:
+        if name in settings and settings[name] != getattr(info, name):
+            raise InputError(
+                f"{name} is {settings[name]}, but the weights in {path} have {getattr(info, name)}; leave {name} out, "
+                "or give another checkpoint"
+            )
+    return module_of(info, **settings)
 
 
 def require_sound(path, variables, info):
@@ -120,11 +177,11 @@ def require_sound(path, variables, info):
     for keys, leaf in jax.tree.leaves_with_path(variables):
         if not np.isfinite(leaf).all():
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            raise InputError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
+            raise DamagedError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
     # What was saved in float32 may have been read as float64, exactly.
     saved = (jax.tree.map(as_saved, variables) for as_saved in (np.asarray, np.float32))
     if info.sha256 is not None and info.sha256 not in map(hash_of_variables, saved):
-        raise InputError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
+        raise DamagedError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
 
 
 def read_info(directory):
@@ -145,14 +202,19 @@ def read_info(directory):
 def _restore(path, shapes, sha256=None):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays; they must have the hash, if given."""
     require_plain(path)
+    alone = _by_itself()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_itself())
-        with _abandoned_work_silent(), ocp.Checkpointer(handler, multiprocessing_options=_by_itself()) as checkpointer:
-            restored = checkpointer.restore(path, item=shapes, restore_args=as_numpy)
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with (
+            _abandoned_work_silent(),
+            _plainly_named(path.parent) as folder,
+            ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+        ):
+            restored = checkpointer.restore(folder / path.name, item=shapes, restore_args=as_numpy)
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
-        reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
-        raise InputError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {reason}") from error
+        _raise_unless_damage(path, error)
+        raise DamagedError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {_reason(error)}") from error
     for (keys, leaf), shape in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(shapes), strict=True):
         if leaf.shape != shape.shape:
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -160,8 +222,26 @@ def _restore(path, shapes, sha256=None):
                 f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
             )
     if sha256 is not None and sha256 != hash_of_variables(restored):  # Of the types that were saved.
-        raise InputError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
+        raise DamagedError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
+
+
+def _raise_unless_damage(path: Path, error: Exception) -> None:
+    """Raise an InputError where an exception of Orbax or TensorStore does not speak of a damaged checkpoint."""
+    if isinstance(error, MemoryError):
+        raise InputError(f"the checkpoint {path} cannot be read: there is not enough memory for it") from error
+    if "structures do not match" in str(error):
+        raise InputError(f"the checkpoint {path} does not fit its {INFO}: it holds other arrays") from error
+    reason = refused_write(error) or next((reason for reason in NO_DAMAGE if reason in str(error)), None)
+    if reason or not path.parent.exists():
+        raise InputError(
+            f"the checkpoint {path} cannot be read: {reason or 'its folder is gone'}; mend that, and try again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what Orbax or TensorStore say, without the specification of an array."""
+    return str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -221,17 +301,23 @@ class TrainingCheckpoints:
             create=not read_only,
         )
         self.directory = Path(workdir).absolute() / STEPS
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(VARIABLES, OPTIMIZER, EMA))
+        self._saved: tuple[int, dict] | None = None  # The newest step of this process, and the shapes of its trees.
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(_abandoned_work_silent())
+            folder = opened.enter_context(_plainly_named(self.directory.parent)) / STEPS
+            names = (VARIABLES, OPTIMIZER, EMA)
+            self._manager = ocp.CheckpointManager(folder, options=options, item_names=names)
+            self._opened = opened.pop_all()
 
     def __enter__(self):
-        self._silence = _abandoned_work_silent()
-        self._silence.__enter__()
         return self
 
     def __exit__(self, *error):
-        with self._errors_told():
-            self._manager.close()  # Waits for the checkpoint that is being written.
-        self._silence.__exit__(*error)
+        with self._opened:
+            with self._errors_told():
+                self._manager.close()  # Waits for the checkpoint that is being written.
+            if self._saved and error[0] is None:
+                self.restore(*self._saved)  # What cannot be read back is no success.
 
     def steps(self):
         """The steps of all finished checkpoints, the newest first."""
@@ -261,15 +347,16 @@ class TrainingCheckpoints:
         hashes = {name: hash_of_variables(tree) for name, tree in items.items()}
         with self._errors_told():
             self._manager.save(step, args=args, metrics=metrics, custom_metadata={"sha256": hashes})
+        self._saved = step, {name: jax.eval_shape(lambda tree=tree: tree) for name, tree in items.items()}
 
     @contextlib.contextmanager
     def _errors_told(self):
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds.
-            reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
             raise InputError(
-                f"a checkpoint cannot be written in {self.directory}: {reason}; those before it are whole"
+                f"a checkpoint cannot be written in {self.directory}: {refused_write(error) or _reason(error)}; those "
+                "before it are whole"
             ) from error
 
     def restore(self, step, items):

@@ -1,11 +1,14 @@
 """Settings of the process that commands choose and importing does not: the compilation cache, memory kept for reuse."""
 
 import ctypes
+import logging
 import os
 import platform
 import sys
 
-from .files import cache_dir
+from .files import CACHE, cache_dir, why_unwritable
+
+logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # The names and numbers of malloc.h.
 
@@ -15,15 +18,23 @@ def enable_compilation_cache():
 
     Commands do so at their start. In Python it may come at any time; what is compiled from then on is kept.
     """
-    directory = str(cache_dir() / "compiled")
-    if "jax" not in sys.modules:  # Importing it takes longer than many commands.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
+    loaded = sys.modules.get("jax")  # Importing it takes longer than many commands.
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or (loaded and loaded.config.jax_compilation_cache_dir is not None):
         return
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
+    directory = cache_dir() / "compiled"
+    reason = why_unwritable(directory)
+    if reason:
+        again = "every process compiles its programs again"
+        logger.warning(
+            "the cache %s cannot be written (%s): %s; %s names another folder", directory, reason, again, CACHE
+        )
+        return
+    if not loaded:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    else:
+        from jax.experimental.compilation_cache import compilation_cache
 
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", directory)
+        loaded.config.update("jax_compilation_cache_dir", str(directory))
         compilation_cache.reset_cache()  # The first compilation has decided against a cache for good.
 
 

@@ -1,15 +1,20 @@
 """What a checkpoint may be, and how each of its forms becomes a network."""
 
+import logging
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoint import load_directory
+from .checkpoint import load_directory, save_model, stored_module
 from .config import Preprocess
 from .errors import InputError
 from .exports.tensors import read_safetensors
-from .files import cache_dir, hash_of, locked, path_of
+from .files import UnwritableError, cache_dir, hash_of, locked, path_of
 from .published import PUBLISHED, file_of
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(checkpoint, *, ema=False, **settings):
@@ -28,7 +33,7 @@ def load_model(checkpoint, *, ema=False, **settings):
     """
     path = path_of(checkpoint)
     if str(checkpoint) in PUBLISHED and not path.exists():
-        path = file_of(str(checkpoint))
+        return _load_published(str(checkpoint), ema, settings)
     if not path.exists():
         raise InputError(
             f"no model at {path}, and none is published under this name; give a model directory, a training workdir, a "
@@ -38,9 +43,7 @@ def load_model(checkpoint, *, ema=False, **settings):
         if ema:
             raise InputError(f"{path} holds no moving averages; leave `ema` out")
         return read_safetensors(path, **settings)
-    if path.is_file():
-        return load_directory(_converted(path, ema), **settings)
-    return load_directory(path, ema=ema, **settings)
+    return _load_file(path, ema, settings) if path.is_file() else load_directory(path, ema=ema, **settings)
 
 
 def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tuple[Any, Preprocess]:
@@ -73,13 +76,32 @@ def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tup
     return {**variables, "params": params}, adapted
 
 
-def _converted(path, ema):
-    """The model directory of a .pth file in the cache; converted, and verified, on first use."""
-    directory = cache_dir() / "converted" / f"{path.stem[:100]}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
-    if not directory.exists():
-        from .porting import convert
+def _load_published(name, ema, settings):
+    """Load a published file, which is downloaded on first use; without a cache it stays in memory."""
+    try:
+        path = file_of(name)
+    except UnwritableError as error:
+        logger.warning("%s; until then it is downloaded each time", error)
+        with tempfile.TemporaryDirectory() as folder:
+            return _load_file(file_of(name, Path(folder)), ema, settings)
+    return _load_file(path, ema, settings)
 
+
+def _load_file(path, ema, settings):
+    """Load a .pth file: converted, and verified, on first use and then kept in the cache, where there is one."""
+    directory = cache_dir() / "converted" / f"{path.stem[:100]}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
+    if directory.exists():
+        return load_directory(directory, **settings)
+    from .porting import convert
+
+    conversion = None
+    try:
         with locked(directory):
             if not directory.exists():
-                convert.into_cache(path, directory, ema=ema)
-    return directory
+                conversion = convert.verified(path, ema=ema)
+                save_model(directory, conversion.info, conversion.variables, overwrite=True)
+    except UnwritableError as error:
+        logger.warning("%s; until then %s is converted each time", error, path.name)
+        conversion = conversion or convert.verified(path, ema=ema)
+        return stored_module(path, conversion.info, **settings), conversion.variables, conversion.info
+    return load_directory(directory, **settings)

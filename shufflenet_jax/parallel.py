@@ -73,6 +73,17 @@ def joined(coordinator_address=None, num_processes=None, process_id=None, *, on_
             raise InputError(f"process {jax.process_index()} cannot go on: {reason}; {ADVICE}") from error
 
 
+def require_platform() -> None:
+    """Raise InputError where JAX has no device of the platforms that it is set to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # The last for a platform whose plug-in is not installed.
+        named = jax.config.jax_platforms
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0] or "JAX has no plug-in for it here"
+        advice = f"set JAX_PLATFORMS to cpu, or install JAX for {named}" if named else "set JAX_PLATFORMS to cpu"
+        raise InputError(f"JAX cannot compute on {named or 'this machine'}: {reason}; {advice}") from error
+
+
 def _among_others():
     """Whether the surroundings tell that there may be other processes."""
     if "SLURM_STEP_NODELIST" in os.environ:

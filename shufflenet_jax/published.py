@@ -6,6 +6,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import NamedTuple
 
 from . import progress
@@ -81,16 +82,19 @@ def find(name):
     return PUBLISHED[name]
 
 
-def file_of(name):
-    """The path of a published file in the cache, downloaded on first use.
+def file_of(name: str, folder: Path | None = None) -> Path:
+    """Return the path of a published file, downloaded on first use.
 
-    SHUFFLENET_JAX_CACHE chooses the cache; SHUFFLENET_JAX_MIRROR a folder's URL from which all files come instead.
+    SHUFFLENET_JAX_MIRROR chooses a folder's URL from which all files come instead.
 
+    Args:
+      name: the model's.
+      folder: where to keep the file; by default the cache, which SHUFFLENET_JAX_CACHE chooses.
     Raises:
       InputError: it cannot be fetched, or another file came; nothing is left behind.
     """
     published = find(name)
-    target = cache_dir() / "downloads" / published.file
+    target = (folder or cache_dir() / "downloads") / published.file
     if target.exists():  # Perhaps put there by hand.
         if not hash_of(target).startswith(published.sha256):
             raise InputError(f"{target} is another file: its sha256 does not begin with {published.sha256}; remove it")

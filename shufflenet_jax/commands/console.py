@@ -1,6 +1,7 @@
 """What commands show in the terminal: messages, progress bars and errors."""
 
 import contextlib
+import io
 import logging
 import os
 import shlex
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from .. import progress
 from ..environment import enable_compilation_cache, keep_freed_memory
 from ..errors import InputError
+from ..files import UnwritableError, printable, refused_write
 from .parsing import with_flags
 
 _debug = False
@@ -31,19 +33,29 @@ def run(command, argv=None):
     # Orbax and Grain report at length what they do, and log with a traceback each error that they raise anyway.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):  # Names of files may hold bytes that are no text.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Pillow warns of odd EXIF blocks and palettes in images that decode all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     with _messages_shown():
         try:
             enable_compilation_cache()
             keep_freed_memory()
-            return command([word for word in argv if word != "--debug"]) or 0
+            status = command([word for word in argv if word != "--debug"]) or 0
+            sys.stdout.flush()
+            return status
         except KeyboardInterrupt:
             status = 130
         except BrokenPipeError:  # The reader of what is printed has gone; what is left of it goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 141
-        except Exception as error:
+        except Exception as failure:
+            error = true_cause(failure)
+            try:
+                sys.stdout.flush()
+            except OSError:  # It lies on the disk that is full; Python would say so once more at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, InputError) and not debug:
                 print("error:", describe_error(error), file=sys.stderr)
                 status = 2
@@ -56,6 +68,30 @@ def run(command, argv=None):
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def true_cause(error: Exception) -> Exception:
+    """Return the InputError that explains what a library raised: a full disk, a missing package or platform.
+
+    Any other exception is returned as it is.
+    """
+    if isinstance(error, InputError):
+        return error
+    reason = refused_write(error)
+    if reason:
+        place = getattr(error, "filename", None) or "what the command writes"
+        return UnwritableError(place, reason, "make room there, or choose another place")
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("shufflenet_jax"):
+        package = error.name.partition(".")[0]
+        return InputError(f"the package {package} is missing; install it, or all that requirements.txt lists")
+    if isinstance(error, (RuntimeError, AssertionError)) and "jax" in sys.modules:
+        from ..parallel import require_platform
+
+        try:
+            require_platform()
+        except InputError as cause:
+            return cause
+    return error
 
 
 def report_error(error):
@@ -71,7 +107,7 @@ def describe_error(error):
         name, arguments = error.command
         options = (f"--{argument.replace('_', '-')} {shlex.quote(str(value))}" for argument, value in arguments.items())
         text = f"{text}: python -m shufflenet_jax {name} {' '.join(options)}"
-    return with_flags(text)
+    return printable(with_flags(text))
 
 
 @contextlib.contextmanager
@@ -95,7 +131,7 @@ class _Terminal(logging.Handler):
     """Writes to stderr without tearing a progress bar; of several processes only the first reports what is usual."""
 
     def emit(self, record):
-        text = with_flags(record.getMessage())
+        text = printable(with_flags(record.getMessage()))
         if record.levelno >= logging.WARNING:
             where = f"process {_process}: " if _processes > 1 else ""
             tqdm.write(f"warning: {where}{text}", file=sys.stderr)

@@ -90,7 +90,7 @@ def evaluate_checkpoint(options, argv):
             title = title_of(options) + ("" if among is None else f", among its {figures['classes']} classes")
             command = shlex.join(["python", "eval.py", *argv])
             page = make_report(rows, model, source, title=title, command=command)
-            report.write_text(page, encoding="utf-8")
+            report.write_text(page, encoding="utf-8", errors="backslashreplace")
     if options.preprocess:
         figures["preprocess"] = under_each_preprocessing(network, info, source, figures, rows, evaluate_on)
     if other:

@@ -19,7 +19,7 @@ from ..data.sources import open_source
 from ..errors import InputError
 from ..exports.agreement import TOLERANCE, last, measure_agreement, nchw, nhwc, photographs
 from ..exports.tensors import metadata_of
-from ..files import written_aside
+from ..files import path_of, written_aside
 from ..inference import Model
 from ..loading import load_model
 from ..porting.dialects import DIALECTS
@@ -45,6 +45,7 @@ class Differs(Exception):
 
 def main(argv):
     options = parse(argv)
+    out = path_of(options.out or default_name(options))
     model = Model(*load_model(options.checkpoint, ema=options.ema))
     model.info = dataclasses.replace(model.info, source=without_places(model.info.source))
     opened = partial(open_source, data_dir=options.data_dir)
@@ -54,7 +55,6 @@ def main(argv):
     data = opened(options.data, options.split) if options.data else None
     calibration = opened(options.int8, options.int8_split) if options.int8 else None
     report_notes(note for source in (data, calibration) if source for note in source.notes)
-    out = Path(options.out or default_name(options))
     try:
         with written_aside(out) as draft:
             told = exported(options, model, data, calibration, draft)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..config import PREPROCESSING
+from ..files import path_of
 from ..model import describe
 from ..porting import convert
 from ..porting.dialects import DIALECTS
@@ -56,7 +57,7 @@ def main(argv):
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if there is one")
     options = parser.parse_args(argv)
 
-    out = Path(options.out or Path(options.ckpt).stem)
+    out = path_of(options.out or Path(options.ckpt).stem)
     file = convert.read(options.ckpt, ema=options.ema)
     checkpoint.require_free(out, overwrite=options.overwrite)
     statements = convert.Statements(

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..accounting import count, total
-from ..checkpoint import hash_of_variables, module_of, save_model
+from ..checkpoint import hash_of_variables, load_directory, module_of, save_model
 from ..errors import InputError
 from ..files import path_of, written_aside
 from ..loading import load_model
@@ -32,15 +32,16 @@ def main(argv):
     options = parser.parse_args(argv)
     if not re.fullmatch(r"\w[\w.+-]*", options.name):
         raise InputError(f"--name is {options.name!r}, but must consist of letters, digits, '.', '_', '+' and '-'")
+    out = path_of(options.out)
     _, variables, info = load_model(options.checkpoint, ema=options.ema)
     info = dataclasses.replace(info, source=without_places(info.source))
     digest = hash_of_variables(variables)
-    target = path_of(options.out / f"{options.name}-{digest[:8]}")
+    target = path_of(out / f"{options.name}-{digest[:8]}")
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out or --name")
-    with written_aside(target, folder=True) as draft:
+    with written_aside(target, folder=True, check=load_directory) as draft:
         save_model(draft, info, variables)
-        (draft / "README.md").write_text(card(target.name, digest, info, options), encoding="utf-8")
+        (draft / "README.md").write_text(card(target.name, digest, info, options), "utf-8", "backslashreplace")
     print(target)
     return 0
 

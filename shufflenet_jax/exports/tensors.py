@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..checkpoint import module_of, require_sound
+from ..checkpoint import require_sound, stored_module
 from ..config import ModelInfo
 from ..errors import InputError
 from ..model import variable_shapes
@@ -45,7 +45,7 @@ def read_safetensors(path, **settings):
         info = ModelInfo.from_json(json.dumps(fields))
     except InputError as error:
         raise InputError(f"{path} does not describe its network as our exports do; give a .pth file") from error
-    module = module_of(info, **settings)
+    module = stored_module(path, info, **settings)
     shapes = {name: leaf.shape for name, leaf in flatten_dict(variable_shapes(module), sep="/").items()}
     if {name: array.shape for name, array in flat.items()} != shapes:
         raise InputError(f"{path} holds other tensors than the network that it describes; export it again")

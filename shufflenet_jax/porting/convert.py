@@ -1,5 +1,6 @@
 """A PyTorch checkpoint becomes a model directory: mapped to Flax and compared with PyTorch stage by stage; and back."""
 
+import io
 import logging
 import re
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import jax
 import numpy as np
 import torch
 
-from .. import checkpoint
 from ..architecture import FEATURES
 from ..config import PREPROCESSING, ModelInfo, Preprocess
 from ..data import normalization
@@ -232,7 +232,9 @@ def back_to_torch(module, variables, info, dialect):
 
 def save_torch(tensors, dialect, path):
     """Writes a state dict as the dialect's project does."""
-    torch.save({"meta": {}, "state_dict": tensors} if dialect == "mmpretrain" else tensors, path)
+    buffer = io.BytesIO()  # Of a full disk PyTorch says no more than that a write failed.
+    torch.save({"meta": {}, "state_dict": tensors} if dialect == "mmpretrain" else tensors, buffer)
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 class Row(NamedTuple):
@@ -314,10 +316,14 @@ def table(rows):
     return "\n".join(lines)
 
 
-def into_cache(path, directory, *, ema):
-    """Converts a .pth file, verifies it and leaves the model directory."""
+def verified(path: str | Path, *, ema: bool) -> Conversion:
+    """Convert a .pth file.
+
+    Raises:
+      InputError: it cannot be read, or computes something else than PyTorch does with it.
+    """
     conversion = convert(read(path, ema=ema))
     rows = verify(conversion)
     if not all(row.passed for row in rows):
         raise InputError(f"{path} gives other numbers in JAX than in PyTorch:\n{table(rows)}")
-    checkpoint.save_model(directory, conversion.info, conversion.variables, overwrite=True)
+    return conversion

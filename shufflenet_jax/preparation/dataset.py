@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from ..data.sources import open_tfds
 from ..data.workers import usable_cores
 from ..errors import InputError
-from ..files import path_of
+from ..files import UnwritableError, path_of, printable, writing
 from .records import features_for
 from .shards import Job, read_report, write_shards
 
@@ -45,6 +45,7 @@ class WrittenData(NamedTuple):
 def plan_images(contents, source, name, out, options):
     """A Plan for images. Raises InputError if NAME is one of TFDS's own with other features."""
     features = features_for(contents.classes)
+    out = _place(out)
     version = _version(name, features, out)
     folder = path_of(Path(out) / name / version)
     draft = folder.with_name(f"{version}.incomplete")
@@ -65,13 +66,13 @@ def _digest(contents):
     found = hashlib.sha256(repr(contents.classes).encode())
     for split, entries in sorted(contents.splits.items()):
         for entry in entries:
-            found.update(f"{split}/{entry.name} {entry.label}\n".encode())
+            found.update(f"{split}/{printable(entry.name)} {entry.label}\n".encode())
     return found.hexdigest()
 
 
 def plan_tfrecords(source, name, out):
     """A Plan for a TFDS directory of TFRecords: the same shards, record by record."""
-    source = path_of(source)
+    source, out = path_of(source), _place(out)
     info = open_tfds(source).info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InputError(f"{source} is stored as {info.file_format.value} already; read it as it is")
@@ -88,6 +89,14 @@ def plan_tfrecords(source, name, out):
             Job(draft / _file_name(name, split, i, len(files)), tfrecord=path) for i, path in enumerate(files)
         ]
     return Plan(folder, draft, name, version, info.features, splits, {"source": str(source.absolute())})
+
+
+def _place(out: str | Path) -> Path:
+    """Return the folder of data sets. Raises InputError where ArrayRecord cannot write below it."""
+    place = path_of(out)
+    if printable(str(place)) != str(place):
+        raise InputError(f"{place} is no UTF-8, which ArrayRecord cannot write to; name another folder in `out`")
+    return place
 
 
 def is_tfds(source):
@@ -138,21 +147,47 @@ def write(plan, *, processes=None, on_done=lambda report: None):
     if plan.folder.exists():
         raise InputError(f"{plan.folder} exists already; remove it or choose another `name`")
     _claim(plan)
+    with writing(plan.draft):
+        reports = _carry_out(plan, processes or usable_cores(), on_done)
+    return WrittenData(
+        examples={split: sum(report.examples for report in found) for split, found in reports.items()},
+        damaged=[reason for found in reports.values() for report in found for reason in report.damaged],
+    )
+
+
+def _carry_out(plan, processes, on_done):
+    """Writes what is missing, reads it back and gives it its name; returns {split: ShardReports}."""
     reports = {}
     for split, jobs in plan.splits.items():
-        write_shards(jobs, processes or usable_cores(), on_done)
+        write_shards(jobs, processes, on_done)
         reports[split] = [read_report(job.target) for job in jobs]
     empty = [split for split, found in reports.items() if not any(report.examples for report in found)]
     if empty:
         raise InputError(f"no image of split {empty[0]} can be read; the source is damaged")
     _describe(plan, reports)
-    shutil.rmtree(plan.draft / "notes")
-    (plan.draft / "settings.json").unlink()
     plan.draft.rename(plan.folder)
-    return WrittenData(
-        examples={split: sum(report.examples for report in found) for split, found in reports.items()},
-        damaged=[reason for found in reports.values() for report in found for reason in report.damaged],
-    )
+    try:
+        _require_readable(plan, reports)
+    except BaseException:
+        plan.folder.rename(plan.draft)
+        raise
+    shutil.rmtree(plan.folder / "notes")
+    (plan.folder / "settings.json").unlink()
+    return reports
+
+
+def _require_readable(plan, reports):
+    """Raises InputError unless TFDS reads the first and the last example of each split."""
+    builder = open_tfds(plan.folder)
+    for split, found in reports.items():
+        try:
+            records = builder.as_data_source(split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
+            last = len(records) - 1
+            whole = last + 1 == sum(report.examples for report in found) and all((records[0], records[last]))
+        except Exception as error:  # ArrayRecord and TFDS raise several kinds for damaged shards.
+            raise InputError(f"split {split} of {plan.folder} cannot be read back: {error}; try again") from error
+        if not whole:
+            raise InputError(f"split {split} of {plan.folder} holds other examples than were written; try again")
 
 
 def _claim(plan):
@@ -166,7 +201,7 @@ def _claim(plan):
         else:
             settings.write_text(json.dumps(plan.settings), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{plan.draft} cannot be written: {error.strerror}; choose another `out`") from error
+        raise UnwritableError(plan.draft, error.strerror, "choose another `out`") from error
 
 
 def _describe(plan, reports):

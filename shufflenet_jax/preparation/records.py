@@ -11,6 +11,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from ..data import decoding
 from ..data.jpeg import ORIENTATION
 from ..errors import InputError
+from ..files import printable
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def image_records(entries, classes, options, damaged):
                 raise InputError(f"{error}, or set `skip_damaged`") from error
             damaged.append(str(error))
             continue
-        record = features.serialize_example({"image": io.BytesIO(data), "label": entry.label, "file_name": entry.name})
+        name = printable(entry.name)
+        record = features.serialize_example({"image": io.BytesIO(data), "label": entry.label, "file_name": name})
         # The order of a protocol buffer's map is another one in each process, unless it is asked for.
         yield tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 

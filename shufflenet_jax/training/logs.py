@@ -5,11 +5,12 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import read_file, written_aside
+from ..files import UnwritableError, read_file, writing, written_aside
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 
@@ -21,17 +22,11 @@ class MetricsLog:
     """
 
     def __init__(self, workdir, *, last_step):
-        with _without_torch():
-            from tensorboardX import SummaryWriter
-
         self._path = workdir / METRICS
         rows = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
         if not last_step:
             shutil.rmtree(workdir / EVENTS, ignore_errors=True)
-        try:
-            self._events = SummaryWriter(str(workdir / EVENTS), purge_step=last_step + 1 if last_step else None)
-        except OSError as error:
-            raise InputError(f"{workdir / EVENTS} cannot be written: {error.strerror}; remove it") from error
+        self._events = Events(workdir / EVENTS, last_step=last_step)
         with written_aside(self._path) as draft:
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -44,12 +39,50 @@ class MetricsLog:
     def write(self, *, step, epoch, split, **figures):
         """Appends a row and returns it."""
         row = {"step": step, "epoch": epoch, "split": split, **figures}
-        with open(self._path, "a", encoding="utf-8") as file:
+        with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in figures.items():
-            if value is not None:
-                self._events.add_scalar(f"{split}/{name}", value, step)
+        self._events.write(step, {f"{split}/{name}": value for name, value in figures.items() if value is not None})
         return row
+
+
+class Events:
+    """A TensorBoard event file. tensorboardX's SummaryWriter would wait forever for a thread that a full disk ends.
+
+    Args:
+      folder: where to put it; it is made.
+      last_step: TensorBoard is to hide what earlier files of the folder say of later steps.
+    Raises:
+      InputError: it cannot be written, here or later.
+    """
+
+    def __init__(self, folder: Path, *, last_step: int) -> None:
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+
+        self._folder, self._event, self._scalar = folder, Event, scalar
+        try:
+            folder.mkdir(exist_ok=True)
+            self._file = EventsWriter(str(folder.absolute() / "events"))
+        except OSError as error:
+            raise UnwritableError(folder, error.strerror, "remove it, or make room there") from error
+        if last_step:
+            log = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(step=last_step + 1, wall_time=time.time(), session_log=log))
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Write {name: value} of a step."""
+        with writing(self._folder):
+            for name, value in figures.items():
+                summary = self._scalar(name, value)
+                self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with writing(self._folder):
+            self._file.close()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import Reader, open_source
 from ..errors import InputError
 from ..evaluation.counting import count_predictions, eval_step, evaluate
-from ..files import path_of
+from ..files import path_of, printable, writing
 from ..model import init_variables
 from . import workdir as workdirs
 from .curves import plot_curves
@@ -90,6 +90,7 @@ def train(config: TrainConfig, workdir: str | Path, *, changed_data: bool = Fals
     Raises:
       InputError: the data, the settings or the workdir cannot be used, or the loss is no longer finite.
     """
+    parallel.require_platform()
     with jax.enable_x64(config.dtype == "float64"):
         result = _train(config, path_of(workdir), changed_data=changed_data)
     gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
@@ -142,8 +143,9 @@ def _train(config, workdir, *, changed_data):
     else:
         logger.info("checkpoints: %s", checkpoints.directory)
     if not stopped and parallel.is_first():
-        logger.info("curves: %s", plot_curves(workdir, title=f"{config.width}x on {config.data}"))
-        (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
+        logger.info("curves: %s", plot_curves(workdir, title=printable(f"{config.width}x on {config.data}")))
+        with writing(workdir):
+            (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
     return result_of(workdir, stopped or total_steps, finished=not stopped, signal=interruption.number)
 
 
@@ -238,7 +240,7 @@ def resume(checkpoints, state, total_steps):
         try:
             found, step = checkpoints.restore(number, items_of(state)), number
             break
-        except InputError as error:
+        except checkpoint.DamagedError as error:
             damaged[number] = error
     if damaged and not found:
         raise InputError(f"no checkpoint can be read any more; the newest: {next(iter(damaged.values()))}")
