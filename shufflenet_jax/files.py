@@ -19,7 +19,7 @@ from .errors import InputError
 LARGEST = 400_000_000  # Bytes of a file that is read at once: several times what any image takes.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # What zipfile raises.
 MOST_SHOWN = 200  # Characters of a name in an error.
-ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # "gs://", or what pathlib makes of it: "gs:/".
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # "gs://", or what pathlib makes of it: "gs:/".
 REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # Which no reading raises.
 CACHE = "SHUFFLENET_JAX_CACHE"
 
@@ -62,7 +62,7 @@ def path_of(name: str | Path) -> Path:
       InputError: there can be no file of this name, or it is the address of a bucket.
     """
     if ADDRESS.match(str(name)):
-        address = ADDRESS.sub(r"\1://", str(name), count=1)
+        address = re.sub(":/(?!/)", "://", str(name), count=1)
         raise InputError(
             f"{address[:MOST_SHOWN]} is an address, but data, checkpoints and results lie in folders of this machine; "
             "copy it, mount the bucket, or name another place"

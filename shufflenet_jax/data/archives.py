@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .. import progress
 from ..errors import InputError
-from ..files import DAMAGED_ZIP, cache_dir, locked, printable, written_aside
+from ..files import DAMAGED_ZIP, cache_dir, locked, printable, refused_write, written_aside
 from .locations import Location, open_zip
 from .trees import BROKEN, HIDDEN, OUTSIDE, SPECIAL, Listing, Skip, Tree, is_hidden
 
@@ -179,7 +179,7 @@ def _unpacked(path: Path, opened: Callable) -> Path:
                 try:
                     _decompress(path, opened, draft, most=10**9 + MOST_UNPACKED * status.st_size)
                 except DAMAGED_TAR as error:
-                    if isinstance(error, InputError):
+                    if isinstance(error, InputError) or refused_write(error):
                         raise
                     raise InputError(f"{path} is damaged: {error}; fetch it again") from error
                 for _ in read_tar(path, draft):

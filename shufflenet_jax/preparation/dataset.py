@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from ..data.sources import open_tfds
 from ..data.workers import usable_cores
 from ..errors import InputError
-from ..files import UnwritableError, path_of, printable, writing
+from ..files import UnwritableError, path_of, printable, writing, written_aside
 from .records import features_for
 from .shards import Job, read_report, write_shards
 
@@ -199,7 +199,8 @@ def _claim(plan):
             if json.loads(settings.read_text(encoding="utf-8")) != plan.settings:
                 raise InputError(f"{plan.draft} was begun with another source or options; remove it to start again")
         else:
-            settings.write_text(json.dumps(plan.settings), encoding="utf-8")
+            with written_aside(settings) as draft:
+                draft.write_text(json.dumps(plan.settings), encoding="utf-8")
     except OSError as error:
         raise UnwritableError(plan.draft, error.strerror, "choose another `out`") from error
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import shutil
 import sys
 import time
@@ -57,26 +58,29 @@ class Events:
 
     def __init__(self, folder: Path, *, last_step: int) -> None:
         with _without_torch():
-            from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import RecordWriter
             from tensorboardX.summary import scalar
 
         self._folder, self._event, self._scalar = folder, Event, scalar
         try:
             folder.mkdir(exist_ok=True)
-            self._file = EventsWriter(str(folder.absolute() / "events"))
+            name = f"events.out.tfevents.{time.time_ns() // 10**9}.{platform.node()}"
+            self._file = RecordWriter(str(folder.absolute() / name))
         except OSError as error:
             raise UnwritableError(folder, error.strerror, "remove it, or make room there") from error
+        self._append(file_version="brain.Event:2")
         if last_step:
-            log = SessionLog(status=SessionLog.START)
-            self._file.write_event(Event(step=last_step + 1, wall_time=time.time(), session_log=log))
+            self._append(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _append(self, **fields: object) -> None:
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Write {name: value} of a step."""
         with writing(self._folder):
             for name, value in figures.items():
-                summary = self._scalar(name, value)
-                self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+                self._append(step=step, summary=self._scalar(name, value))
             self._file.flush()
 
     def close(self) -> None:
