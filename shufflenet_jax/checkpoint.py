@@ -201,7 +201,10 @@ def read_info(directory):
 
 def _restore(path, shapes, sha256=None):
     """The arrays below a path in the form of a tree of shapes, as NumPy arrays; they must have the hash, if given."""
-    require_plain(path)
+    try:
+        require_plain(path)
+    except InputError as error:
+        raise DamagedError(str(error)) from error
     alone = _by_itself()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
