@@ -316,7 +316,8 @@ class TrainingCheckpoints:
         return self
 
     def __exit__(self, *error):
-        with self._opened:
+        with contextlib.ExitStack() as closing:
+            closing.push(lambda *failure: self._opened.__exit__(*(failure if failure[0] else error)))
             with self._errors_told():
                 self._manager.close()  # Waits for the checkpoint that is being written.
             if self._saved and error[0] is None:
