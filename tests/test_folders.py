@@ -4,8 +4,11 @@ import gzip
 import io
 import json
 import os
+import resource
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import unicodedata
 import zipfile
@@ -212,6 +215,29 @@ def test_lists_without_their_images_are_left_out_of_data_sets(tmp_path):
 IMAGENET = {f"train/n0144076{i}/n0144076{i}_{i}.JPEG": image(i) for i in (4, 7)}
 
 
+def test_a_list_with_two_labels_of_one_image_is_refused(tmp_path):
+    root = put(tmp_path, {"val/0.jpg": image(0), "meta/val.txt": b"0.jpg 1\n0.jpg 01\n./0.jpg 2\n"})
+    with pytest.raises(InputError, match=r"line 3 of .*val.txt gives ./0.jpg the label 2, but a line before it 1"):
+        open_source(root)
+
+
+def test_folders_are_taken_for_splits_with_a_warning_where_their_names_do_not_say_so(tmp_path):
+    root = put(tmp_path, [f"{fold}/{name}/0.jpg" for fold in ("cat", "dog") for name in ("indoor", "outdoor")])
+    assert set(everything(root)) == {"cat", "dog"}
+    (note,) = read_contents(root).notes
+    assert "taken for splits" in note.text and "2 (cat, dog)" in note.text and note.level > 20
+    assert not open_source(root, "cat").notes  # Its user says that it is a split.
+
+
+def test_what_lies_beside_the_official_tars_is_reported(tmp_path):
+    root = put(tmp_path, ["train/n01440764/0.JPEG", "1.JPEG"])
+    tar_of(root / "ILSVRC2012_img_val.tar", {"ILSVRC2012_val_00000001.JPEG": image(0)})
+    (root / "ILSVRC2012_devkit_t12.tar.gz").touch()
+    assert set(everything(root)) == {"validation"}
+    assert "1 beside the tars (1.JPEG)" in text_of(root)
+    assert "1 outside the splits (train/n01440764/0.JPEG)" in text_of(root)
+
+
 def test_kaggles_imagenet_is_understood_with_all_that_lies_in_it(tmp_path):
     inside = {f"ILSVRC/Data/CLS-LOC/{name}": data for name, data in IMAGENET.items()}
     inside |= {
@@ -330,6 +356,57 @@ def test_zips_of_any_code_page(raw, extra, name, tmp_path):
     assert rows_of(open_source(tmp_path / "a.zip"))[0][2] == image(0)
 
 
+def test_the_name_of_a_file_does_not_change_that_of_its_folder(tmp_path):
+    """Of one folder a file's name is UTF-8, another one's in a code page."""
+    folder, names = "größe", ["ä.jpg".encode(), "ä.jpg".encode("cp437")]
+    stand_ins = [f"val/{'x' * len(folder.encode())}/{'yz'[i] * len(name)}" for i, name in enumerate(names)]
+    data = zipped(tmp_path / "a.zip", stand_ins).read_bytes()
+    for stand_in, name in zip(stand_ins, names, strict=True):
+        data = data.replace(stand_in.encode(), f"val/{folder}/".encode() + name)
+    (tmp_path / "a.zip").write_bytes(data)
+    assert set(labels_in(tmp_path / "a.zip", "val").values()) == {folder}
+
+
+FORKED = """
+import os, sys
+from shufflenet_jax.data.folders import open_folder
+entries = open_folder(sys.argv[1]).splits["val"]().entries
+expected = [entry.location.read() for entry in entries]
+children = []
+for _ in range(4):
+    children.append(os.fork())
+    if not children[-1]:
+        same = all(entry.location.read() == data for _ in range(20) for entry, data in zip(entries, expected))
+        os._exit(0 if same else 1)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_processes_that_are_forked_do_not_disturb_each_other_in_a_zip(tmp_path):
+    """A loader that forks, like PyTorch's, would move one position in the file from all its workers."""
+    place = zipped(tmp_path / "a.zip", [f"val/cat/{i}.jpg" for i in range(50)])
+    done = subprocess.run([sys.executable, "-c", FORKED, place], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_zip_that_was_written_anew_is_read_anew(tmp_path):
+    assert everything(zipped(tmp_path / "a.zip", ["val/cat/0.jpg"])) == {"val": CAT}
+    assert everything(zipped(tmp_path / "a.zip", ["val/cat/0.jpg", "val/dog/1.jpg"])) == {"val": PETS}
+
+
+def test_the_same_name_twice_is_reported(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        place = zipped(tmp_path / "a.zip", ["val/cat/0.jpg", "val/dog/1.jpg", "val/cat/0.jpg"])
+    assert "1 replaced by a later one of the same name (cat/0.jpg)" in text_of(place)
+    assert rows_of(open_source(place))[0][2] == image(2)
+
+
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
+    members = {"val/cat/0.jpg": image(0), "val/dog/1.jpg": image(1)}
+    inner = zipped(tmp_path / "inner.zip", ["val/emu/0.jpg"]).read_bytes()
+    assert everything(tar_of(tmp_path / "a.tar", members | {"labels.zip": inner})) == {"val": PETS}
+
+
 def locked(data):
     start = data.index(b"PK\x01\x02")
     return data[: start + 8] + b"\x01\x00" + data[start + 10 :]
@@ -340,7 +417,9 @@ def locked(data):
     [
         ("zip", locked, "needs a password"),
         ("zip", lambda data: data[: len(data) // 2] + data[-22:], "is damaged"),
+        ("zip", lambda data: data[: len(data) // 2], "the end of the zip is missing"),
         ("tar", lambda data: data[: len(data) // 2 - 700], "is damaged"),
+        ("tar", lambda data: data + data, "more behind its end"),
         ("tar.gz", lambda data: data[:-20], "is damaged"),
         ("tar.gz", lambda data: data[:100] + bytes(20) + data[120:], "is damaged"),
         ("tar.bz2", lambda data: data[:-20], "is damaged"),
@@ -394,6 +473,9 @@ def test_no_member_of_a_tar_leads_outside(members, told, tmp_path):
 
 def test_links_in_a_tar_lead_to_its_members(tmp_path):
     links = {
+        ".store/a1": image(7),
+        "val/cat/stored.jpg": (tarfile.SYMTYPE, "../../.store/a1"),
+        "val/cat/lost.jpg": (tarfile.SYMTYPE, "../../.store/a2"),
         "val/cat/hard.jpg": (tarfile.LNKTYPE, "val/dog/1.jpg"),
         "val/cat/soft.jpg": (tarfile.SYMTYPE, "../dog/1.jpg"),
         "val/emu": (tarfile.SYMTYPE, "./dog"),
@@ -401,6 +483,43 @@ def test_links_in_a_tar_lead_to_its_members(tmp_path):
     place = tar_of(tmp_path / "a.tar", {"val/cat/0.jpg": image(0), "val/dog/1.jpg": image(1)} | links)
     found = {name: (label, data) for name, label, data in rows_of(open_source(place))}
     assert found["cat/hard.jpg"] == found["cat/soft.jpg"] == (0, image(1)) and found["emu/1.jpg"] == (2, image(1))
+    assert found["cat/stored.jpg"] == (0, image(7)) and "broken link (cat/lost.jpg)" in text_of(place)
+
+
+def test_padding_behind_a_tar_is_no_damage(tmp_path):
+    place = tar_of(tmp_path / "a.tar", {"val/cat/0.jpg": image(0), "val/dog/1.jpg": image(1)})
+    place.write_bytes(place.read_bytes() + bytes(2**21))
+    assert everything(place) == {"val": PETS}
+
+
+def test_a_cache_without_room_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHUFFLENET_JAX_CACHE", str(tmp_path / "cache"))
+    root = put(tmp_path / "set", ["val/cat/0.jpg", "val/dog/1.jpg"])
+    shutil.make_archive(root, "gztar", root)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        with pytest.raises(InputError, match=r"archives.* cannot be written: File too large"):
+            open_source(tmp_path / "set.tar.gz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def test_a_file_that_cannot_be_read_is_called_so():
+    """Linux has files that no one may read at their beginning."""
+    with pytest.raises(InputError, match="/proc/self/mem cannot be read: Input/output error"):
+        open_source("/proc/self/mem")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_is_named(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as file:
+        file.writestr("val/cat/0.jpg", os.urandom(3000))
+    data = (tmp_path / "a.zip").read_bytes()
+    for start in (45, 60, 1000):
+        (tmp_path / "a.zip").write_bytes(data[:start] + bytes(9) + b"\xff" * 40 + data[start + 49 :])
+        with pytest.raises(InputError, match=r"val/cat/0\.jpg cannot be read"):
+            open_source(tmp_path / "a.zip")[0]
 
 
 def test_a_compressed_tar_is_unpacked_once_and_only_into_the_cache(tmp_path, monkeypatch):
@@ -544,7 +663,7 @@ def test_a_data_set_begun_with_other_images_is_not_continued(flat, tmp_path, cal
     assert status == 2 and "kind0/0.jpg is damaged" in stderr
     (flat / "kind0/9.jpg").write_bytes(image(9))
     status, _, stderr = call(prepare.main, *argv)
-    assert status == 2 and "another source or options" in stderr
+    assert status == 2 and "another source, other images or options" in stderr
 
 
 @pytest.mark.real_data

@@ -197,7 +197,7 @@ def test_damaged_images_are_named_or_left_out(tmp_path, call, refused):
     argv = ("--source", source, "--name", "pets", "--out", tmp_path / "out", "--processes", 1)
     line = refused(prepare.main, *argv)
     assert "dog/003.jpg is damaged" in line and "--skip-damaged" in line
-    assert "another source or options" in refused(prepare.main, *argv, "--skip-damaged")
+    assert "another source, other images or options" in refused(prepare.main, *argv, "--skip-damaged")
     shutil.rmtree(tmp_path / "out")
     status, out, stderr = call(prepare.main, *argv, "--skip-damaged")
     assert status == 0 and result_of(out)["left_out"] == 1 and result_of(out)["train"] == 11

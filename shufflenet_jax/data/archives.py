@@ -17,14 +17,15 @@ from typing import NamedTuple
 
 from .. import progress
 from ..errors import InputError
-from ..files import DAMAGED_ZIP, cache_dir, locked, printable, refused_write, written_aside
-from .locations import Location, open_zip
-from .trees import BROKEN, HIDDEN, OUTSIDE, SPECIAL, Listing, Skip, Tree, is_hidden
+from ..files import cache_dir, locked, printable, refused_write, written_aside
+from .locations import UNREADABLE, Location, open_zip
+from .trees import BROKEN, HIDDEN, OUTSIDE, REPLACED, SPECIAL, Listing, Skip, Tree, is_hidden
 
 MOST_UNPACKED = 100  # Times its own size that a compressed tar may take, beyond a gigabyte.
 DAMAGED_TAR = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 COMPRESSED: dict[bytes, Callable] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 UNICODE_PATH = 0x7075  # The field of a zip's member that has its name in UTF-8.
+MOST_PADDING = 2**20  # Bytes behind a tar's end that are looked at: programs write up to 10 KiB of zeros there.
 
 
 class Member(NamedTuple):
@@ -44,22 +45,29 @@ def _branch(path: str) -> Tree:
 def tree_of(path: str, members: Iterable[Member]) -> Tree:
     """Return the tree that an archive's members make; of members with one name the last one counts."""
     top, links = _branch(path), {}
+    hidden: dict[tuple[str, ...], Location] = {}
     for member in members:
         parts = _parts(member.name)
         if parts is None:
             top.listing.skips.append(Skip(OUTSIDE, member.name))
-        elif hidden := next((number for number, part in enumerate(parts, 1) if is_hidden(part)), 0):
+        elif place := next((number for number, part in enumerate(parts, 1) if is_hidden(part)), 0):
             if not member.is_folder:
-                _reach(top, parts[: hidden - 1]).listing.skips.append(Skip(HIDDEN, parts[-1]))
+                _reach(top, parts[: place - 1]).listing.skips.append(Skip(HIDDEN, parts[-1]))
+            if member.location:
+                hidden[parts] = member.location
         elif member.target is not None:
             links[parts] = member.target
         elif member.location and parts:
-            _reach(top, parts[:-1]).files[parts[-1]] = member.location
+            links.pop(parts, None)
+            folder = _reach(top, parts[:-1])
+            if parts[-1] in folder.files:
+                folder.listing.skips.append(Skip(REPLACED, parts[-1]))
+            folder.files[parts[-1]] = member.location
         elif member.is_folder:
             _reach(top, parts)
         else:
             top.listing.skips.append(Skip(SPECIAL, member.name))
-    _follow(top, links)
+    _follow(top, links, hidden)
     return top
 
 
@@ -72,18 +80,23 @@ def _parts(name: str) -> tuple[str, ...] | None:
 def _reach(tree: Tree, parts: Iterable[str]) -> Tree:
     """Return the folder at a path below a branch; it is made where there is none."""
     for part in parts:
-        tree = tree.folders.setdefault(part, _branch(f"{tree.path}/{part}"))
+        if part not in tree.folders:
+            tree.folders[part] = _branch(f"{tree.path}/{part}")
+        tree = tree.folders[part]
     return tree
 
 
-def _follow(top: Tree, links: dict[tuple[str, ...], str]) -> None:
-    """Put what links lead to in their places, also links to links; those to folders around them are left out."""
+def _follow(top: Tree, links: dict[tuple[str, ...], str], hidden: dict[tuple[str, ...], Location]) -> None:
+    """Put what links lead to in their places, also links to links; those to folders around them are left out.
+
+    Links to hidden files count, as they do on a disk: stores of data keep the files themselves in hidden folders.
+    """
     found = True
     while found:
         found = False
         for parts, target in list(links.items()):
             wanted = _parts(target)
-            node = None if wanted is None else top.find(wanted)
+            node = None if wanted is None else top.find(wanted) or hidden.get(wanted)
             if node is None:
                 continue
             found = links.pop(parts) is not None
@@ -99,6 +112,12 @@ def _follow(top: Tree, links: dict[tuple[str, ...], str]) -> None:
 # Zips
 
 
+def begins_as_zip(path: Path) -> bool:
+    """Whether a file begins like a zip, whatever follows."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
 def zip_tree(path: Path) -> Tree:
     try:
         members = open_zip(str(path)).infolist()
@@ -112,9 +131,9 @@ def zip_tree(path: Path) -> Tree:
                 f"{path} is locked: {printable(locked_name)} needs a password; unpack it, and name its folder"
             )
         return tree_of(str(path), map(partial(_zip_member, str(path)), names, members))
-    except (OSError, ValueError, RuntimeError, EOFError, struct.error, *DAMAGED_ZIP) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (*UNREADABLE, struct.error) as error:
         raise InputError(f"{path} is damaged: {error}; fetch it again") from error
 
 
@@ -128,14 +147,23 @@ def _zip_member(path: str, name: str, info: zipfile.ZipInfo) -> Member:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return a member's name: as its Unicode field says, else UTF-8 where it is, else in code page 437."""
+    """Return a member's name: as its Unicode field says, else what is UTF-8 of it so, and the rest in code page 437."""
     if info.flag_bits & 0x800:
         return info.filename
     try:
         raw = info.filename.encode("cp437")
-        return (_unicode_path(info.extra, raw) or raw).decode()
+        named = _unicode_path(info.extra, raw)
+        # Part by part: a file's name must not change that of its folder.
+        return named.decode() if named else "/".join(map(_decoded, raw.split(b"/")))
     except UnicodeError:
         return info.filename
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeError:
+        return raw.decode("cp437")
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
@@ -160,12 +188,16 @@ def _target(name: str, target: str) -> str:
 
 def plain_tar(path: Path) -> Path | None:
     """Return a tar that is not compressed: the file itself, or its copy in the cache; None where it is no tar."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-    for magic, opened in COMPRESSED.items():
-        if start.startswith(magic):
-            return _unpacked(path, opened)
-    return path if tarfile.is_tarfile(path) else None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+        opened = next((opened for magic, opened in COMPRESSED.items() if start.startswith(magic)), None)
+        if opened is None:
+            return path if tarfile.is_tarfile(path) else None
+    except DAMAGED_TAR as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read: {reason}; check its permissions, or fetch it again") from error
+    return _unpacked(path, opened)
 
 
 def _unpacked(path: Path, opened: Callable) -> Path:
@@ -201,13 +233,14 @@ def _decompress(path: Path, opened: Callable, draft: Path, most: int) -> None:
                 raise InputError(f"{path} unpacks to more than {most:,} bytes; unpack it, and name its folder")
 
 
-def read_tar(path: Path, plain: Path, offset: int = 0) -> Iterator[Member]:
+def read_tar(path: Path, plain: Path, offset: int = 0, size: int = -1) -> Iterator[Member]:
     """Yield the members of a tar.
 
     Args:
       path: the tar that the user named.
       plain: its form that is not compressed.
       offset: where it begins in the file.
+      size: its bytes; -1: all to the end of the file.
     Raises:
       InputError: it is damaged, or holds files in a form that cannot be read in place.
     """
@@ -216,7 +249,8 @@ def read_tar(path: Path, plain: Path, offset: int = 0) -> Iterator[Member]:
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 before = -1
-                for info in tar:
+                for info in iter(tar.next, None):
+                    tar.members.clear()  # type: ignore[attr-defined] # The library would keep a kilobyte of each.
                     if info.size < 0 or info.offset_data <= before:
                         raise tarfile.ReadError("its members overlap")
                     before = info.offset_data
@@ -225,6 +259,14 @@ def read_tar(path: Path, plain: Path, offset: int = 0) -> Iterator[Member]:
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("its end is missing")
+                left = MOST_PADDING if size < 0 else min(max(offset + size - file.tell(), 0), MOST_PADDING)
+                if any(file.read(left)):
+                    raise InputError(
+                        f"{path} holds more behind its end, as if tars were joined; unpack it with tar -xi, "
+                        "and name its folder"
+                    )
+    except InputError:
+        raise
     except DAMAGED_TAR as error:
         raise InputError(f"{path} is damaged: {error}; fetch it again") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from ..config import VAL_SHARE
 from ..errors import InputError
 from ..files import path_of, printable
-from .archives import plain_tar, read_tar, tree_of, zip_tree
+from .archives import begins_as_zip, plain_tar, read_tar, tree_of, zip_tree
 from .imagenet import SOLUTION, TEST_NAME, labels_of_validation, open_official
 from .inventory import Entry, Inventory, Note, Part, count_images, some
 from .labels import class_named, imagenet_classes, in_order, require_distinct
@@ -57,7 +57,7 @@ def open_folder(place: str | Path, split: str | None = None, *, val_share: float
     lists = _lists_of(inner, split)
     trees = _splits_of(inner, split, lists)
     if trees or lists:
-        return _Splits(path, chain, trees, lists).inventory(skipped)
+        return _Splits(path, chain, trees, lists).inventory(skipped, _notes_on_guess(inner, trees, lists, split))
     if any(map(has_images, inner.folders.values())):
         return _open_flat(path, inner, val_share, skipped)
     if inner.images:
@@ -78,11 +78,14 @@ def _open_tree(path: Path) -> Tree:
     """Open a folder, a zip or a tar. Raises InputError if there is none of these, or it is damaged or locked."""
     if path.is_dir():
         return disk_tree(path)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return zip_tree(path)
+    # A tar comes first: the end of one that holds a zip looks like a zip's.
     plain = plain_tar(path) if path.is_file() else None
     if plain:
         return tree_of(str(path), read_tar(path, plain))
+    if path.is_file() and zipfile.is_zipfile(path):
+        return zip_tree(path)
+    if path.is_file() and begins_as_zip(path):
+        raise InputError(f"{path} is damaged: the end of the zip is missing; fetch it again")
     raise InputError(f"no data at {path}: it is no folder, zip or tar of images; check the name")
 
 
@@ -179,6 +182,17 @@ def _require_equal_splits(tree: Tree, folders: dict[str, Tree]) -> None:
         )
 
 
+def _notes_on_guess(
+    tree: Tree, trees: dict[str, Tree], lists: dict[str, Location], split: str | None
+) -> tuple[Note, ...]:
+    """Return a warning where nothing but equal folders inside says that folders are splits."""
+    if lists or split in trees or any(map(_is_split_name, trees)):
+        return ()
+    inside = some(sorted(next(iter(trees.values())).folders))
+    told = f"taken for splits of {tree.path}: {some(list(trees))}, since all hold the same folders: {inside}"
+    return (Note(logging.WARNING, told),)
+
+
 def _unwrap(name: str, tree: Tree) -> Tree:
     """Return the folder inside a split's folder that alone has the split's name again, as in train/train/<class>."""
     inner = next(iter(tree.folders.values())) if len(tree.folders) == 1 else None
@@ -198,7 +212,7 @@ class _Splits:
         self._labels: dict[str, dict[str, str] | None] = {}
         require_distinct(self.place, (name for split in trees if split not in lists for name in trees[split].folders))
 
-    def inventory(self, skipped: Skipped) -> Inventory:
+    def inventory(self, skipped: Skipped, notes: tuple[Note, ...]) -> Inventory:
         """Return the Inventory of the splits."""
         beside = (tree for name, tree in sorted(self.chain[-1].folders.items()) if name not in {META, *self.trees})
         unusable = {
@@ -212,9 +226,8 @@ class _Splits:
             elif split not in self.lists and not has_images(tree):
                 unusable[split] = "it holds no images"
         splits = sorted({*self.trees, *self.lists})
-        return Inventory(
-            str(self.path), {split: partial(self.read, split) for split in splits}, unusable, tuple(beside), skipped
-        )
+        readers = {split: partial(self.read, split) for split in splits}
+        return Inventory(str(self.path), readers, unusable, tuple(beside), skipped, notes)
 
     def read(self, split: str) -> Part:
         """Read a split. Raises InputError if it holds no images, or has no labels for them."""
@@ -276,7 +289,7 @@ class _Splits:
         """Read MMPretrain's form: a line `file label` for each image below the split's folder."""
         listing = f"{self.place}/{META}/{split}.txt"
         entries: list[Entry] = []
-        listed: set[str] = set()
+        listed: dict[str, str] = {}
         text = self.lists[split].read().decode(errors="surrogateescape").removeprefix("\ufeff")
         for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
@@ -285,7 +298,12 @@ class _Splits:
             if not (name and label.isascii() and label.isdigit() and len(label) < 8):
                 raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 to 9999999")
             entries.append(Entry(printable(name[0]), int(label), self._locate(split, name[0])))
-            listed.add(PurePosixPath(name[0]).as_posix())
+            before = listed.setdefault(PurePosixPath(name[0]).as_posix(), label)
+            if int(before) != int(label):
+                raise InputError(
+                    f"line {number} of {listing} gives {printable(name[0])} the label {label}, but a line before it "
+                    f"{before}; keep one of both"
+                )
         if not entries:
             raise InputError(f"{listing} lists no images")
         skipped = Skipped()

@@ -19,6 +19,7 @@ VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 TEST_NAME = re.compile(r"ILSVRC2012_test_\d{8}\.JPEG")  # Nobody has published their labels.
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 WNID_TAR = re.compile(r"(n\d{8})\.tar")
+BESIDE = "beside the tars"  # Why an image is ignored.
 
 
 def labels_of_validation(images: Iterable[str], chain: list[Tree], path: Path) -> dict[str, str] | None:
@@ -61,12 +62,23 @@ def open_official(path: Path, top: Tree) -> Inventory | None:
         trees = {"train": top}
     readers = {"train": _read_train_tar, "validation": _read_validation_tar}
     splits = {split: partial(readers[split], tree) for split, tree in trees.items()}
-    return Inventory(str(path), splits) if splits else None
+    if not splits:
+        return None
+    if path.is_file():
+        return Inventory(str(path), splits)
+    skipped = Skipped()
+    for skip in top.listing.skips:
+        skipped.add(*skip)
+    for name in sorted(set(top.files) - set(OFFICIAL.values())):
+        skipped.add_file(name, BESIDE)
+    return Inventory(
+        str(path), splits, elsewhere=tuple(tree for _, tree in sorted(top.folders.items())), skipped=skipped
+    )
 
 
 def _inner_tar(name: str, where: Location) -> Tree:
     """Open a tar that is a file, or a member of a tar."""
-    return tree_of(name, read_tar(Path(name), Path(where.path), max(where.offset, 0)))
+    return tree_of(name, read_tar(Path(name), Path(where.path), where.offset, where.size))
 
 
 def _official_part(entries: list[Entry], skipped: Skipped) -> Part:

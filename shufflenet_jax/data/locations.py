@@ -1,6 +1,7 @@
 """Where the bytes of a stored file lie: a file, a part of one, or a member of a zip."""
 
 import functools
+import lzma
 import os
 import zipfile
 import zlib
@@ -8,6 +9,10 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from ..files import LARGEST, read_file
+
+# zipfile raises these for members that are missing, damaged, locked or packed in a way it does not know.
+IN_ZIP = (EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+UNREADABLE = (OSError, *IN_ZIP)
 
 
 class Location(NamedTuple):
@@ -22,8 +27,9 @@ class Location(NamedTuple):
         """Read the bytes. Raises InputError if they cannot be read, or are far more than an image has."""
         try:
             if self.member is not None:
-                self._require_small(open_zip(self.path).getinfo(self.member).file_size)
-                return open_zip(self.path).read(self.member)
+                archive = open_zip(self.path)
+                self._require_small(archive.getinfo(self.member).file_size)
+                return archive.read(self.member)
             if self.size < 0:
                 return read_file(self.path)
             self._require_small(self.size)
@@ -33,8 +39,7 @@ class Location(NamedTuple):
             if len(data) < self.size:
                 raise EOFError(f"{self.path} ends in the middle of it")
             return data
-        # zipfile raises the others for members that are missing, damaged, locked or packed in a way it does not know.
-        except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.member or self.path} cannot be read: {reason}; repair or remove it") from error
 
@@ -54,7 +59,15 @@ class Location(NamedTuple):
             raise OSError(f"it has {size:,} bytes")
 
 
-@functools.cache
-def open_zip(path):
-    """Open a zip once in each process. Threads may read its members at the same time."""
+def open_zip(path: str) -> zipfile.ZipFile:
+    """Open a zip once in each process, and anew when the file is another one. Threads may read members side by side.
+
+    A process that was forked opens it for itself: else both would move one position in the file.
+    """
+    status = os.stat(path)
+    return _open_zip(path, os.getpid(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _open_zip(path: str, *_: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)

@@ -23,6 +23,7 @@ SYSTEM = frozenset(
 # Why a file is ignored.
 HIDDEN, OTHER = "hidden or system", "without the suffix of an image"
 BROKEN, SPECIAL, OUTSIDE = "behind a broken link", "neither file nor folder", "with a path that leads outside"
+REPLACED = "replaced by a later one of the same name"  # In archives.
 HARMLESS = {HIDDEN, OTHER}
 NAMED = 3  # Names shown for a reason.
 MOST_COUNTED = 10_000  # Files counted in a hidden folder: some hold whole copies of the data.

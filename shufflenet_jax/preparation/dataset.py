@@ -197,7 +197,10 @@ def _claim(plan):
         (plan.draft / "notes").mkdir(parents=True, exist_ok=True)
         if settings.exists():
             if json.loads(settings.read_text(encoding="utf-8")) != plan.settings:
-                raise InputError(f"{plan.draft} was begun with another source or options; remove it to start again")
+                raise InputError(
+                    f"{plan.draft} was begun with another source, other images or options, or by an older version; "
+                    "remove it to start again"
+                )
         else:
             with written_aside(settings) as draft:
                 draft.write_text(json.dumps(plan.settings), encoding="utf-8")
