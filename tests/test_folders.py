@@ -643,6 +643,14 @@ def test_a_training_reports_once_and_older_workdirs_have_the_share(flat, caplog)
     assert current_settings({"data": "x"})["val_share"] == 0.2
 
 
+def test_eval_holds_out_what_the_training_held_out(flat, ten_classes, tmp_path, call):
+    model = shutil.copytree(ten_classes[0], tmp_path / "model")
+    stored = json.loads((model / "model.json").read_text())
+    stored["source"]["config"] = {"val_share": 0.4}
+    (model / "model.json").write_text(json.dumps(stored))
+    assert figures_of(call(evaluate.main, "--checkpoint", model, "--data", flat)[1])["images"] == 20
+
+
 def test_predict_sees_the_images_of_a_folder_and_reports_the_rest(flat, ten_classes, call):
     (flat / "stray.jpg").unlink()
     shutil.rmtree(flat / "kind1")

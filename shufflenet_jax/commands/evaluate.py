@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import parallel, progress
-from ..config import LOWERINGS, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE
+from ..config import LOWERINGS, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, VAL_SHARE
 from ..data.inventory import report_notes
 from ..data.labels import class_name
 from ..data.pipeline import eval_batches
@@ -66,7 +66,7 @@ def evaluate_checkpoint(options, argv):
         classes=info.classes,
         num_classes=info.num_classes,
         multi_label=True,
-        val_share=options.val_share,
+        val_share=share_held_out(options, info),
     )
     if parallel.is_first():
         report_notes(source.notes)
@@ -101,6 +101,15 @@ def evaluate_checkpoint(options, argv):
         print(*missed, sep="", end="", file=sys.stderr)
         print(json.dumps(figures))
     return 1 if missed else 0
+
+
+def share_held_out(options, info):
+    """Return the share of a folder without splits to evaluate on: with another one than training's its images count."""
+    trained = info.source.get("config")
+    share = trained.get("val_share") if isinstance(trained, dict) else None
+    if options.val_share is not None:
+        return options.val_share
+    return share if isinstance(share, float) else VAL_SHARE
 
 
 def keeps_logits(options):
@@ -236,7 +245,7 @@ def parse(argv):
     parser.add_argument("--data", help=told)
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
-    add_val_share(parser)
+    add_val_share(parser, own="what the checkpoint was trained with")
     told = f"images a step (default: {CPU_BATCH} on CPUs, {ACCELERATOR_BATCH} on accelerators)"
     parser.add_argument("--batch-size", type=positive_integer, help=told)
     told = "choose among the classes that occur in the data alone; tfds:imagenet_a and imagenet_r are always judged so"

@@ -57,14 +57,15 @@ def positive_integer(text):
     return value
 
 
-def add_val_share(parser):
-    """Add the option for folders without splits."""
+def add_val_share(parser, *, own=""):
+    """Add the option for folders without splits; `own` says what a command takes where it is None."""
+    usual = f"{own}, else {VAL_SHARE}" if own else VAL_SHARE
     parser.add_argument(
         "--val-share",
         type=float,
-        default=VAL_SHARE,
+        default=None if own else VAL_SHARE,
         metavar="SHARE",
-        help="where a folder has no splits: share of each class to hold out as val (default: %(default)s)",
+        help=f"where a folder has no splits: share of each class to hold out as val (default: {usual})",
     )
 
 
