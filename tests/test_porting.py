@@ -425,6 +425,10 @@ def own_names(count):
     return tuple(f"dish{i}" for i in range(count))
 
 
+def numbered_names():
+    return tuple(f"c{i}" for i in range(1000))
+
+
 def in_mmpretrains_spelling():
     return tuple(f"{name.replace('_', ' ').title()}, {wnid}" for wnid, name in imagenet_classes().items())
 
@@ -446,7 +450,10 @@ NAMED = {  # name: (what stands beside the weights, the number of classes, the n
     "ImageNet's": ({"meta": {"CLASSES": in_mmpretrains_spelling()}}, 1000, tuple(imagenet_classes())),
     "ImageNet's, sorted otherwise": ({"classes": sorted(imagenet_classes())[::-1]}, 1000,
                                      tuple(sorted(imagenet_classes())[::-1])),
-    "numbers of a thousand": ({"meta": {"CLASSES": [f"c{i}" for i in range(1000)]}}, 1000, tuple(imagenet_classes())),
+    "numbers of a thousand": ({"meta": {"CLASSES": numbered_names()}}, 1000, tuple(imagenet_classes())),
+    "numbers in another order": ({"classes": sorted(numbered_names())}, 1000, tuple(sorted(numbered_names()))),
+    "numbers from 1": ({"classes": (*numbered_names()[1:], "c1000")}, 1000, (*numbered_names()[1:], "c1000")),
+    "numbers as names": ({"class_to_idx": {(3 * i) % 10: i for i in range(10)}}, 10, tuple("0369258147")),
     "none of a thousand": ({}, 1000, tuple(imagenet_classes())),
 }  # fmt: skip
 
@@ -476,10 +483,11 @@ def under_mmpretrains_names(raw):
     return {"state_dict": lively_network("mmpretrain").state_dict()}
 
 
-STEM, PREPARED, ASSUMED, IGNORED = (
+STEM, PREPARED, ASSUMED, NUMBERED, IGNORED = (
     "--small-stem",
     "--preprocessing",
     "ImageNet's names are assumed",
+    "only numbers its 1000 classes: ImageNet's names are assumed",
     "they stay unnamed",
 )
 SAID = ("--preprocessing", "cifar10")
@@ -494,6 +502,7 @@ WARNED = {  # name: (what the file holds, options, what warnings must say; they 
     "the size alone": (plain(7), ("--image-size", 96), [PREPARED]),
     "a thousand": (plain(1000), (), [ASSUMED, PREPARED]),
     "a thousand with names": (plain(1000, {"classes": own_names(1000)}), SAID, []),
+    "a thousand numbers": (plain(1000, {"classes": numbered_names()}), SAID, [NUMBERED]),
     "too many names": (plain(7, {"classes": TEN}), SAID, [IGNORED]),
     "another project": (under_mmpretrains_names, (), [PREPARED]),
 }

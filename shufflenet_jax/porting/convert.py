@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Shares of a stage's largest value. float64 rounds 1e-16 an operation, float32 6e-8, some 50 layers deep; random
 # weights amplify that, trained ones hardly.
 EXACT, TOLERANCE = 1e-9, 1e-5
-NUMBER = re.compile(r"(c|cls|class|label)?[ _-]?\d+", re.IGNORECASE)  # No name, but what stands for one.
+NUMBER = re.compile(r"(c|cls|class|label)?[ _-]?(?P<number>[0-9]{1,9})", re.IGNORECASE)
 OUTDATED = {"8860eec9": "an early model of 68.89 / 88.41; the published 69.55 / 88.92 are 20200812-5bf4721e's"}
 
 
@@ -129,7 +129,7 @@ def _label_names(
             raise InputError(f"`classes` names {len(stated)}, but the classifier of {file.name} has {num_classes}")
         return stated, []
     named = file.classes
-    numbered = num_classes == 1000 and named and all(NUMBER.fullmatch(name) for name in named)
+    numbered = num_classes == 1000 and named and all(map(_only_numbers, named, range(len(named))))
     if named and not numbered and len(named) == num_classes:
         return (tuple(imagenet_classes()) if _are_imagenets(named) else named), []
     if named and num_classes and not numbered:
@@ -139,9 +139,15 @@ def _label_names(
     if num_classes != 1000:
         return None, []
     return tuple(imagenet_classes()), [
-        f"{file.name} {'has numbers for' if numbered else 'names none of'} its 1000 classes: ImageNet's names are "
+        f"{file.name} {'only numbers' if numbered else 'names none of'} its 1000 classes: ImageNet's names are "
         "assumed; `classes` gives others"
     ]
+
+
+def _only_numbers(name: str, label: int) -> bool:
+    """Whether a name only repeats the label, like c7: MMPretrain's file of ImageNet has these."""
+    found = NUMBER.fullmatch(name)
+    return found is not None and int(found["number"]) == label
 
 
 def _are_imagenets(names: tuple[str, ...]) -> bool:

@@ -364,7 +364,7 @@ def _class_names(content: Any) -> tuple[str, ...] | None:
     meta = _field(content, "meta")
     for place in (meta, _field(meta, "dataset_meta"), content, _field(content, "hyper_parameters")):
         for key in NAMES:
-            names = _listed(_field(place, key))
+            names = _listed(_field(place, key), names_first=key == "class_to_idx")
             if names:
                 return names
     return None
@@ -374,10 +374,15 @@ def _field(content: Any, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
 
 
-def _listed(names: Any) -> tuple[str, ...] | None:
-    """Return class names in the order of their labels, from a list or a table of names and labels."""
+def _listed(names: Any, *, names_first: bool) -> tuple[str, ...] | None:
+    """Return class names in the order of their labels, from a list or a table of names and labels.
+
+    Args:
+      names: {name: label}, {label: name}, or a list; None for anything else.
+      names_first: whether a table whose names are numbers too is {name: label}.
+    """
     if isinstance(names, dict):
-        pairs = [pair if isinstance(pair[0], int) else pair[::-1] for pair in names.items()]
+        pairs = [pair[::-1] if names_first or not isinstance(pair[0], int) else pair for pair in names.items()]
         if sorted(label for label, _ in pairs if isinstance(label, int)) != list(range(len(names))):
             return None
         names = [name for _, name in sorted(pairs)]
