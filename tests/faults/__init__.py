@@ -1,2 +1,2 @@
-"""Seeded faults in everything that users hand to a command: `originals` are damaged by `mutations` into `cases`, which
-`harness` runs in `worker` processes and judges by one rule."""
+"""Seeded faults in everything that users hand to a command: `mutations` of `originals` make `cases`, and `wild` makes
+inputs odd as people's are; `harness` runs them in `worker` processes and judges by one rule."""

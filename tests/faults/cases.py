@@ -73,18 +73,6 @@ class Scene:
         return Case([str(word) for word in argv], told, **settings)
 
 
-def kind_of(seed, index):
-    """The kind that a seed draws for an index."""
-    return random.Random(f"kind {seed}/{index}").choices(list(KINDS), [often for often, _ in KINDS.values()])[0]
-
-
-def make_case(seed, index, kind, place, originals):
-    """A Case of a kind, its inputs below a new folder."""
-    for name in ("in", "out", "cwd"):
-        (place / name).mkdir(parents=True)
-    return KINDS[kind][1](Scene(random.Random(f"{seed}/{index}"), place, originals))
-
-
 # What is right
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import kind_of, make_case
+from .kinds import kind_of, make_case
 from .originals import Originals, tree_of
 
 SCRIPT = Path(__file__).with_name("worker.py")
