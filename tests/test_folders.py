@@ -10,9 +10,11 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import unicodedata
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -27,6 +29,7 @@ from shufflenet_jax.config import TrainConfig, current_settings
 from shufflenet_jax.data import archives
 from shufflenet_jax.data.decoding import decode
 from shufflenet_jax.data.folders import find_images, hold_out
+from shufflenet_jax.data.locations import open_zip
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.data.trees import IMAGE_SUFFIXES
 from shufflenet_jax.errors import InputError
@@ -387,6 +390,18 @@ def test_processes_that_are_forked_do_not_disturb_each_other_in_a_zip(tmp_path):
     place = zipped(tmp_path / "a.zip", [f"val/cat/{i}.jpg" for i in range(50)])
     done = subprocess.run([sys.executable, "-c", FORKED, place], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_threads_open_a_zip_once(tmp_path):
+    place = zipped(tmp_path / "a.zip", [f"val/cat/{i}.jpg" for i in range(3000)])
+    start = threading.Barrier(8)
+
+    def opened(_):
+        start.wait()
+        return open_zip(str(place))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(opened, range(8)))) == 1
 
 
 def test_a_zip_that_was_written_anew_is_read_anew(tmp_path):

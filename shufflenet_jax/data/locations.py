@@ -3,6 +3,7 @@
 import functools
 import lzma
 import os
+import threading
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -65,7 +66,11 @@ def open_zip(path: str) -> zipfile.ZipFile:
     A process that was forked opens it for itself: else both would move one position in the file.
     """
     status = os.stat(path)
-    return _open_zip(path, os.getpid(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with _opening:  # Its directory takes a gigabyte for a million members.
+        return _open_zip(path, os.getpid(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+_opening = threading.Lock()
 
 
 @functools.lru_cache(maxsize=4)
