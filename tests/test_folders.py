@@ -224,6 +224,18 @@ def test_a_list_with_two_labels_of_one_image_is_refused(tmp_path):
         open_source(root)
 
 
+@pytest.mark.parametrize("label", ["-1", "x", "1.0", "1000000", "\u0663", "9" * 5000])
+def test_a_label_that_no_network_has_is_refused(label, tmp_path):
+    root = put(tmp_path, {"val/0.jpg": image(0), "meta/val.txt": f"0.jpg {label}\n".encode()})
+    with pytest.raises(InputError, match=r"line 1 of .* with a label from 0 to 999999"):
+        open_source(root)
+
+
+def test_names_of_ignored_files_break_no_line(tmp_path):
+    root = put(tmp_path, ["val/cat/0.jpg", "val/cat/a\nb\x1b[2J.txt"])
+    assert r"image (cat/a\nb\x1b[2J.txt)" in text_of(root)
+
+
 def test_folders_are_taken_for_splits_with_a_warning_where_their_names_do_not_say_so(tmp_path):
     root = put(tmp_path, [f"{fold}/{name}/0.jpg" for fold in ("cat", "dog") for name in ("indoor", "outdoor")])
     assert set(everything(root)) == {"cat", "dog"}

@@ -13,7 +13,7 @@ from collections.abc import Container
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from ..config import VAL_SHARE
+from ..config import MOST, VAL_SHARE
 from ..errors import InputError
 from ..files import path_of, printable
 from .archives import begins_as_zip, plain_tar, read_tar, tree_of, zip_tree
@@ -295,8 +295,8 @@ class _Splits:
             if not line.strip():
                 continue
             *name, label = line.strip().rsplit(maxsplit=1)
-            if not (name and label.isascii() and label.isdigit() and len(label) < 8):
-                raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 to 9999999")
+            if not (name and label.isascii() and label.isdigit() and len(label) < 8 and int(label) < MOST):
+                raise InputError(f"line {number} of {listing} is not 'file label' with a label from 0 to {MOST - 1}")
             entries.append(Entry(printable(name[0]), int(label), self._locate(split, name[0])))
             before = listed.setdefault(PurePosixPath(name[0]).as_posix(), label)
             if int(before) != int(label):

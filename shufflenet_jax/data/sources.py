@@ -55,7 +55,7 @@ class Source:
     classes: tuple[str, ...] | None  # Name of each label, where the data knows them.
     labels: Callable[[], Iterable[int]]  # All that occur, without decoding an image.
     label_shape: tuple[int, ...] = ()  # (K,) where an image may have several labels.
-    notes: tuple[Note, ...] = ()  # What was decided and ignored when it was opened, for `folders.report`.
+    notes: tuple[Note, ...] = ()  # What was decided and ignored when it was opened, for `inventory.report_notes`.
     skipped: int = 0  # Files that were ignored.
     labels_at_hand: bool = True  # Whether `labels` reads nothing.
     # What tells these examples from any others, in order: names, sizes and labels of images, or shards. Reads nothing.

@@ -48,7 +48,7 @@ class Skipped:
         """Count what is ignored for a reason."""
         self.counts[reason] += count
         if len(self._names[reason]) < NAMED:
-            self._names[reason].append(printable(name))
+            self._names[reason].append("".join(map(_shown, printable(name))))
 
     def add_file(self, name: str, reason: str) -> None:
         """Count a file: an image for the reason, any other because it is none."""
@@ -80,6 +80,11 @@ class Skipped:
         named = "" if reason == HIDDEN else f" ({', '.join(names)}{', ...' if more > 0 else ''})"
         least = "at least " if reason == HIDDEN and self.counts[reason] >= MOST_COUNTED else ""
         return f"{least}{self.counts[reason]:,} {reason}{named}"
+
+
+def _shown(letter: str) -> str:
+    """Return a letter as it is, or escaped if it would break a line or move the cursor."""
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
 
 
 class Listing(NamedTuple):

@@ -20,7 +20,7 @@ class Contents:
     Attributes:
       splits: the images of each split.
       classes: the names of the labels, or their number where nothing names them.
-      notes: what was decided and ignored, for `folders.report`.
+      notes: what was decided and ignored, for `inventory.report_notes`.
       skipped: how many files were ignored.
     """
 
