@@ -94,10 +94,10 @@ def figures_are(expected=None, images=12):
 
 
 def tensors_in(path):
-    """{bare key: tensor} of a checkpoint file."""
+    """{bare key: tensor} of a checkpoint file; what else it holds beside the tensors is no part of the network."""
     content = torch.load(path, weights_only=True)
-    tensors = content.get("state_dict", content)
-    return {dialects.bare(key.removeprefix("module.")): tensor for key, tensor in tensors.items()}
+    named = content.get("state_dict", content).items()
+    return {dialects.bare(key.removeprefix("module.")): value for key, value in named if torch.is_tensor(value)}
 
 
 def same_tensors(first, second):
