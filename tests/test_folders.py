@@ -666,8 +666,23 @@ def test_a_training_reports_once_and_older_workdirs_have_the_share(flat, caplog)
     with caplog.at_level("INFO"):
         train, evaluated = open_sources(config)
     assert (len(train), len(evaluated)) == (40, 10)
-    assert [record.message.partition(" ")[0] for record in caplog.records] == ["no", "skipped:"]
+    ours = [record.message for record in caplog.records if record.name.startswith("shufflenet_jax")]
+    assert [message.partition(" ")[0] for message in ours] == ["no", "skipped:"]
     assert current_settings({"data": "x"})["val_share"] == 0.2
+
+
+@pytest.mark.parametrize(("listed", "whose"), [("train", "training"), ("val", "evaluation")])
+def test_a_training_with_names_on_one_side_and_a_list_on_the_other_says_what_it_takes_for_what(
+    listed, whose, tmp_path, caplog
+):
+    root = put(tmp_path, [f"{split}/{name}/0.jpg" for split in ("train", "val") for name in ("cat", "dog")])
+    open_sources(TrainConfig(data=str(root)))
+    assert not caplog.records
+    put(root, {f"meta/{listed}.txt": b"cat/0.jpg 1\ndog/0.jpg 0\n"})
+    open_sources(TrainConfig(data=str(root)))
+    (record,) = caplog.records
+    assert f"labels for {whose} in {root} have no names" in record.message and record.levelname == "WARNING"
+    assert record.message.endswith("label 0 is cat, label 1 is dog")
 
 
 def test_eval_holds_out_what_the_training_held_out(flat, ten_classes, tmp_path, call):

@@ -17,9 +17,9 @@ from .. import checkpoint, parallel, progress
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
 from ..data.fingerprint import take_fingerprint
-from ..data.inventory import report_notes
+from ..data.inventory import Note, report_notes
 from ..data.pipeline import eval_batches, train_batches
-from ..data.sources import Reader, open_source
+from ..data.sources import Reader, Source, open_source
 from ..errors import InputError
 from ..evaluation.counting import count_predictions, eval_step, evaluate
 from ..files import path_of, printable, writing
@@ -204,8 +204,19 @@ def open_sources(config):
     known = {"classes": train.classes, "num_classes": train.num_classes}
     evaluated = open_source(config.data, config.eval_split, **place, **known, reader=EVALUATION)
     if parallel.is_first():
-        report_notes((*train.notes, *evaluated.notes))
+        report_notes((*train.notes, *evaluated.notes, *_notes_on_names(config, train, evaluated)))
     return train, evaluated
+
+
+def _notes_on_names(config: TrainConfig, train: Source, evaluated: Source) -> tuple[Note, ...]:
+    """Return a warning where one split has names of classes, and the other a list of labels without names."""
+    names = train.classes or evaluated.classes
+    if not names or (train.classes and evaluated.classes):
+        return ()
+    listed = "evaluation" if train.classes else "training"
+    pairs = ", ".join([f"label {label} is {name}" for label, name in enumerate(names[:3])] + ["..."] * (len(names) > 3))
+    told = f"the labels for {listed} in {config.data} have no names: taken in the order of the class folders, {pairs}"
+    return (Note(logging.WARNING, told),)
 
 
 def describe_model(config, source):
