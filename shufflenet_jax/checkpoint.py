@@ -28,6 +28,7 @@ from .files import path_of, read_file, refused_write, require_plain, written_asi
 from .model import ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
+METRICS = "metrics"  # Orbax's folder in a numbered checkpoint, and the file in it.
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint, which has our hashes too.
 # What the system reports where nothing is wrong with a file's content.
 NO_DAMAGE = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)))
@@ -283,6 +284,19 @@ def has_steps(workdir):
     return bool(ocp.utils.checkpoint_steps(workdir / STEPS))
 
 
+def _describe_damaged_metrics(checkpoints: Path, error: Exception) -> str:
+    """Return which checkpoint keeps Orbax from listing them all: it reads the metrics of each."""
+    for step in sorted(ocp.utils.checkpoint_steps(checkpoints)):
+        try:
+            json.loads(read_file(checkpoints / str(step) / METRICS / METRICS))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as found:
+            place = checkpoints / str(step)
+            return f"the checkpoint {place} is damaged: its {METRICS} cannot be read ({found}); move it away"
+    return f"the checkpoints in {checkpoints} are damaged: {_reason(error)}; move the damaged one away"
+
+
 class TrainingCheckpoints:
     """The numbered checkpoints of a workdir: the newest few and the best by top-1, each written whole or not at all.
 
@@ -309,7 +323,10 @@ class TrainingCheckpoints:
             opened.enter_context(_abandoned_work_silent())
             folder = opened.enter_context(_plainly_named(self.directory.parent)) / STEPS
             names = (VARIABLES, OPTIMIZER, EMA)
-            self._manager = ocp.CheckpointManager(folder, options=options, item_names=names)
+            try:
+                self._manager = ocp.CheckpointManager(folder, options=options, item_names=names)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise DamagedError(_describe_damaged_metrics(self.directory, error)) from error
             self._opened = opened.pop_all()
 
     def __enter__(self):

@@ -17,7 +17,7 @@ from small_training import few_units, interrupted
 from tensorboardX.proto import event_pb2
 
 from shufflenet_jax import __main__, checkpoint
-from shufflenet_jax.commands import evaluate, train
+from shufflenet_jax.commands import evaluate, info, train
 from shufflenet_jax.config import TrainConfig
 from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import train_batches
@@ -319,6 +319,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_changes_nothing(tra
         damage(workdir / f"checkpoints/{step}")
     assert "no checkpoint can be read any more" in refused(train.main, *TINY, "--workdir", workdir)
     assert len(list((workdir / "checkpoints").iterdir())) == 2 and read_rows(workdir) == read_rows(trained)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_damaged_metrics_name_their_checkpoint(content, trained, tmp_path, refused):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    (workdir / "checkpoints/23/metrics/metrics").write_bytes(content)
+    for main, argv in (train.main, (*TINY, "--workdir", workdir)), (info.main, ("--checkpoint", workdir)):
+        line = refused(main, *argv)
+        assert "damaged" in line and str(workdir / "checkpoints") in line, line
+    assert read_rows(workdir) == read_rows(trained)
 
 
 def test_a_second_process_on_a_workdir_is_refused(trained, tmp_path, refused):
