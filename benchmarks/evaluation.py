@@ -84,7 +84,7 @@ def peer(checkpoint, data):
     file = convert.read(checkpoint)
     conversion = convert.convert(file)
     info, preprocess = conversion.info, conversion.info.preprocess
-    network = reference.NETWORKS[conversion.dialect](info.width, info.num_classes)
+    network = reference.NETWORKS[conversion.dialect](info.table, info.num_classes)
     network.load_state_dict(
         {key: torch.from_numpy(value.copy()) for key, value in conversion.tensors.items()}, strict=False
     )

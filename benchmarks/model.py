@@ -223,10 +223,11 @@ def network(width):
     """torchvision's network in PyTorch, with seeded weights and running statistics of their own activations."""
     import torch
 
+    from shufflenet_jax.architecture import TABLES
     from shufflenet_jax.porting.reference import NETWORKS
 
     torch.manual_seed(0)
-    found = NETWORKS["torchvision"](width, 1000)
+    found = NETWORKS["torchvision"](TABLES[width], 1000)
     for layer in found.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = None  # Keep the statistics of the batch below as they are.

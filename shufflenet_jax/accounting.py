@@ -1,17 +1,27 @@
-"""What a ShuffleNetV2 costs, stage by stage: parameters, multiply-adds, activations, receptive field.
+"""What a ShuffleNetV2 costs, stage by stage: parameters, multiply-adds, activations, receptive field; and its time.
 
-Everything is read from a trace of the network itself in the reference lowering; nothing is computed or compiled.
+All but the time is read from a trace of the network itself in the reference lowering, without computing anything.
 """
 
 import math
-from typing import NamedTuple
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
+from . import progress
 from .architecture import FEATURES
-from .model import variable_shapes
+from .deploy import compile_deployed, deploy
+from .forward import forward
+from .model import ShuffleNetV2, variable_shapes
+
+SECONDS, FEWEST_CALLS = 1.0, 5  # That each network is timed for, at least.
 
 
 class Stage(NamedTuple):
@@ -94,6 +104,50 @@ def total(stages):
     """The sums of a list of Stage, by name."""
     names = ("parameters", "multiply_adds", "multiply_adds_with_norms", "activations")
     return {name: sum(getattr(stage, name) for stage in stages) for name in names}
+
+
+def measure_milliseconds(modules: Sequence[ShuffleNetV2], height: int, width: int) -> list[float]:
+    """Time networks on this machine in the form in which they predict fastest, one image a call.
+
+    They run in turn, so that other work on the machine slows all of them alike. Their weights are random.
+
+    Args:
+      modules: the networks.
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+    Returns:
+      The median milliseconds of a call of each.
+    """
+    calls: list[Callable[[], Any]] = []
+    with progress.bar(total=len(modules), unit="network", description="compiling") as bar:
+        for module in modules:
+            calls.append(_deployed_call(module, height, width))
+            bar.update()
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + SECONDS * len(calls)
+    while len(times[-1]) < FEWEST_CALLS or time.perf_counter() < end:
+        for call, measured in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            measured.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(measured) for measured in times]
+
+
+def _deployed_call(module: ShuffleNetV2, height: int, width: int) -> Callable[[], Any]:
+    """Return a compiled network that predicts one image."""
+    rng = np.random.default_rng(0)
+    images = jax.device_put(rng.normal(size=(1, height, width, module.in_chans)).astype(np.float32))
+
+    def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+        if path[-1].key == "kernel":  # Activations neither vanish nor overflow, which would change the time.
+            return (rng.normal(size=leaf.shape) * (2 / math.prod(leaf.shape[:-1])) ** 0.5).astype(np.float32)
+        return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
+
+    deployed, weights = deploy(module, jax.tree.map_with_path(draw, variable_shapes(module)))
+    weights = jax.device_put(weights)
+    predict = compile_deployed(partial(forward, deployed, None))
+    jax.block_until_ready(predict(weights, images))
+    return partial(predict, weights, images)
 
 
 def _follow(jaxpr, values, operations):

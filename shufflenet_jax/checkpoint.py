@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from . import parallel
+from .architecture import name_of, resolve_table
 from .config import ModelInfo
 from .errors import InputError
 from .files import path_of, read_file, refused_write, require_plain, written_aside
@@ -32,7 +34,8 @@ METRICS = "metrics"  # Orbax's folder in a numbered checkpoint, and the file in 
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint, which has our hashes too.
 # What the system reports where nothing is wrong with a file's content.
 NO_DAMAGE = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)))
-FIXED = ("width", "layout", "small_stem", "num_classes", "in_chans", "conv5")  # What no setting changes in a file.
+TABLE = ("width", "channels", "repeats")
+FIXED = ("layout", "small_stem", "num_classes", "in_chans", "conv5")  # What, beside the table, no setting changes.
 
 
 class DamagedError(InputError):
@@ -41,7 +44,7 @@ class DamagedError(InputError):
 
 def module_of(info, **settings):
     """The ShuffleNetV2 that a ModelInfo describes, with settings like `dtype` and `lowering`."""
-    names = ("width", "num_classes", "in_chans", "layout", "small_stem", "conv5", "dropout")
+    names = ("width", "channels", "repeats", "num_classes", "in_chans", "layout", "small_stem", "conv5", "dropout")
     return ShuffleNetV2(**{name: getattr(info, name) for name in names} | settings)
 
 
@@ -164,13 +167,24 @@ def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNet
     Raises:
       InputError: a setting contradicts the weights.
     """
-    for name in FIXED:
-        if name in settings and settings[name] != getattr(info, name):
-            raise InputError(
-                f"{name} is {settings[name]}, but the weights in {path} have {getattr(info, name)}; leave {name} out, "
-                "or give another checkpoint"
-            )
+    wrong = {
+        name: getattr(info, name) for name in FIXED if settings.get(name, getattr(info, name)) != getattr(info, name)
+    }
+    table = {name: settings.pop(name) for name in TABLE if name in settings}
+    if table and resolve_table(**_table_with(info, table)) != info.table:
+        wrong |= dict.fromkeys(table, name_of(info.table, conv5=info.conv5))
+    for name, stored in wrong.items():
+        raise InputError(
+            f"{name} is {(table | settings)[name]}, but the weights in {path} have {stored}; leave {name} out, or give "
+            "another checkpoint"
+        )
     return module_of(info, **settings)
+
+
+def _table_with(info: ModelInfo, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `resolve_table` for a ModelInfo in which some of them are given."""
+    base = {name: None if "width" in given else getattr(info, name) for name in TABLE}
+    return base | given
 
 
 def require_sound(path, variables, info):

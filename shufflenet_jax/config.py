@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .architecture import CHANNELS, LAYERS, Layout
+from .architecture import LAYERS, STAGES, Layout, Table, fault_of, resolve_table, table_settings
 from .errors import InputError
 
 
@@ -100,6 +100,13 @@ class Preprocess:
         return dataclasses.replace(self, channel_order=order, mean=adapt(self.mean), std=adapt(self.std))
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Read "4,8,4" as (4, 8, 4)."""
+    return tuple(map(int, text.split(",")))
+
+
+# How a command line gives a setting that has several numbers.
+NUMBERS = {"custom_args": {"type": whole_numbers, "nargs": None, "metavar": "N,N,..."}}
 VAL_SHARE = 0.2  # Of each class, where a folder of images has no splits.
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
 MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
@@ -128,11 +135,24 @@ PREPROCESSING = {
 }
 
 
+def _keep_table(settings: Any) -> None:
+    """Check the table of a ModelInfo or TrainConfig, and let it keep a published one by its width alone.
+
+    Raises:
+      InputError: no network of its layout can have the table.
+    """
+    table = resolve_table(settings.width, settings.channels, settings.repeats)
+    if fault := fault_of(table, settings.layout):
+        raise InputError(fault)
+    for name, value in table_settings(table).items():
+        object.__setattr__(settings, name, value)
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What model.json holds: all that is needed to build the network and to feed it as its authors did."""
 
-    width: float
+    width: float | None  # None where no published table has the network's channels and repeats.
     layout: Layout
     num_classes: int  # 0: no classifier.
     preprocess: Preprocess
@@ -144,18 +164,29 @@ class ModelInfo:
     source: dict = field(default_factory=dict)  # File name, sha256 and dialect, or the training configuration.
     metrics: dict | None = None
     sha256: str | None = None  # Of the variables that lie beside it.
+    channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5; None: those of the width.
+    repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4; None: those of the width.
 
     def __post_init__(self):
         _require_types("model.json", self)
         possible = 0 <= self.num_classes <= MOST and 0 <= self.dropout < 1
-        if self.width not in CHANNELS or not possible or (self.num_classes and not self.conv5):
+        if not possible or (self.num_classes and not self.conv5):
             raise InputError("model.json describes no network of this family")
+        try:
+            _keep_table(self)
+        except InputError as error:
+            raise InputError(f"model.json describes no network of this family: {error}") from error
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise InputError(f"model.json names {len(self.classes)} classes, but num_classes is {self.num_classes}")
         if self.preprocess.channels != self.in_chans:
             raise InputError(
                 f"model.json prepares {self.preprocess.channels} channels, but in_chans is {self.in_chans}"
             )
+
+    @property
+    def table(self) -> Table:
+        """The network's channels and units."""
+        return resolve_table(self.width, self.channels, self.repeats)
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -189,7 +220,11 @@ class TrainConfig:
     # Share of each class that is held out as split val where a folder has no splits; a hash of the names decides.
     val_share: float = VAL_SHARE
     # Width of the network: 0.5, 1.0, 1.5 or 2.0 times the channels of the stages.
-    width: float = 1.0
+    width: float | None = 1.0
+    # Channels of the stem, stage2, stage3, stage4 and conv5, like 24,48,96,192,192, instead of a width.
+    channels: tuple[int, ...] | None = field(default=None, metadata=NUMBERS)
+    # Units of stage2, stage3 and stage4, instead of 4,8,4.
+    repeats: tuple[int, ...] | None = field(default=None, metadata=NUMBERS)
     # Wiring of the network; "megvii" is the authors' own.
     layout: Layout = "torchvision"
     # First convolution with stride 1 and no max pool after it, for images of 16 to 64 pixels.
@@ -230,7 +265,7 @@ class TrainConfig:
     # Share of training images in which a random rectangle is blanked.
     random_erasing: float = 0.0
     # How often each image of a pass is used in a row, each time with other random numbers (repeated augmentation).
-    repeats: int = 1
+    aug_repeats: int = 1
     # Processes that decode training images, on each host; 0 decodes in threads of the main process.
     workers: int = 0
     # Share of the training data that may be damaged and is then replaced by other images; more stops the run.
@@ -323,7 +358,7 @@ class TrainConfig:
             "batch_size",
             "eval_batch_size",
             "image_size",
-            "repeats",
+            "aug_repeats",
             "eval_every",
             "log_every",
             "keep",
@@ -357,8 +392,12 @@ class TrainConfig:
             raise InputError(
                 f"in_chans is {self.in_chans}, but images have 1 (grey) or 3 channels; 0: as preprocessing"
             )
-        if self.width not in CHANNELS:
-            raise InputError(f"width is {self.width}, but must be one of {', '.join(map(str, CHANNELS))}")
+        if isinstance(self.repeats, int) or (self.repeats is not None and len(self.repeats) == 1):
+            raise InputError(
+                f"repeats is {self.repeats}, but must be the units of {', '.join(STAGES)}, like 4,8,4; `aug_repeats` "
+                "says how often a pass uses each image"
+            )
+        _keep_table(self)
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}, but must be more than 0")
         if self.preprocess.crop > self.preprocess.resize:
@@ -368,6 +407,11 @@ class TrainConfig:
             raise InputError(f"freeze names {', '.join(unknown)}, but there are backbone and {', '.join(LAYERS)}")
         if self.nesterov and not self.momentum:
             raise InputError("nesterov is a form of momentum, but momentum is 0")
+
+    @property
+    def table(self) -> Table:
+        """The network's channels and units."""
+        return resolve_table(self.width, self.channels, self.repeats)
 
     @property
     def frozen(self):
@@ -403,7 +447,9 @@ def current_settings(stored):
       stored: the fields of a TrainConfig, as a dict.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    settings = {**defaults, **BEFORE_IT_EXISTED, **stored}
+    settings = _tuples({**defaults, **BEFORE_IT_EXISTED, **stored})
+    if isinstance(settings["repeats"], int):  # The earlier name of aug_repeats.
+        settings |= {"aug_repeats": settings["repeats"], "repeats": None}
     return {**settings, "lowering": RENAMED.get(str(settings["lowering"]), settings["lowering"])}
 
 

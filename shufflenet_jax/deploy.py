@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import lowerings
-from .architecture import UNITS
+from .architecture import STAGES
 from .lowerings import reference
 from .model import EPSILON, ShuffleNetV2
 
@@ -173,7 +173,7 @@ def _as_slice(indices):
 
 def plans(module, params):
     """(stage, its steps, positions) for each stage of folded parameters; positions are as `plan` has them."""
-    for stage, units in UNITS.items():
+    for stage, units in zip(STAGES, module.table.repeats, strict=True):
         left, right = (len(params[f"{stage}_unit0"][name]["conv"]["bias"]) for name in ("left_pw", "right_pw2"))
         yield stage, *plan(left + right, left, units, module.layout)
 

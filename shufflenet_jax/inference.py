@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from .architecture import TABLES
 from .checkpoint import module_of
 from .config import ModelInfo
 from .data import geometry
@@ -22,6 +23,8 @@ from .loading import adapt_channels, load_model
 from .model import ShuffleNetV2, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
+
+TABLE_SETTINGS = {"width", "channels", "repeats"}  # Fields of ShuffleNetV2 that make another network.
 
 
 class Model:
@@ -149,12 +152,14 @@ def get_model(
         colours or grey: give a model of other channels arrays.
       conv5: False ends the network after stage4, where no classifier fits: set `num_classes` to 0.
       seed: of what is made anew.
-      settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`.
+      settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`; of fresh models also `channels`
+        and `repeats`.
     Raises:
       InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
     """
     if str(name) in PUBLISHED and not pretrained:
-        info = published_info(str(name))
+        table = {field: settings.pop(field) for field in TABLE_SETTINGS & settings.keys()}
+        info = dataclasses.replace(published_info(str(name)), **table)
         module = module_of(info, **settings)
         variables = init_variables(module, seed=seed)
     else:
@@ -175,7 +180,7 @@ def published_info(name: str) -> ModelInfo:
         width=published.width,
         layout=published.layout,
         num_classes=1000,
-        preprocess=rules.preprocess_of(published.width),
+        preprocess=rules.preprocess_of(TABLES[published.width]),
         classes=tuple(imagenet_classes()),
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import lowerings
-from .architecture import CHANNELS, LAYOUTS, STEM_CHANNELS, UNITS
+from .architecture import LAYOUTS, STAGES, Table, fault_of, name_of, resolve_table
 from .batch_groups import BatchGroups
 from .config import Initialization
 from .errors import InputError
@@ -163,7 +163,9 @@ class ShuffleNetV2(nn.Module):
     `batch_groups` says which images share batch statistics in training; by default all do.
     """
 
-    width: float = 1.0  # A key of CHANNELS: the column of the paper's table 5.
+    width: float | None = 1.0  # A key of architecture.TABLES: the column of the paper's table 5.
+    channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5, instead of the width's.
+    repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4, instead of the width's.
     num_classes: int = 1000  # 0 leaves the classifier out: logits are None.
     in_chans: int = 3
     layout: str = "torchvision"  # Or "megvii", the wiring of the authors' own release.
@@ -180,16 +182,30 @@ class ShuffleNetV2(nn.Module):
         "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
     )
 
+    def __post_init__(self) -> None:
+        for name in ("channels", "repeats"):  # Lists, as torchvision's constructor takes them, have no hash.
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+
+    @property
+    def table(self) -> Table:
+        """The network's channels and units."""
+        return resolve_table(self.width, self.channels, self.repeats)
+
     @nn.compact
     def __call__(self, images, *, train=False, batch_groups=None):
-        if self.width not in CHANNELS or self.layout not in LAYOUTS or self.initial not in get_args(Initialization):
-            raise ValueError(f"no ShuffleNetV2 of width {self.width} in layout {self.layout!r}, {self.initial!r}")
+        if self.layout not in LAYOUTS or self.initial not in get_args(Initialization):
+            raise ValueError(f"no ShuffleNetV2 in layout {self.layout!r}, {self.initial!r}")
+        table = self.table
+        if fault := fault_of(table, self.layout):
+            raise InputError(fault)
         if self.num_classes and not self.conv5:
             raise ValueError("a classifier needs conv5")
         if images.ndim != 4 or images.shape[-1] != self.in_chans:
             raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
 
-        *stage_channels, conv5_channels = CHANNELS[self.width]
+        stem_channels, *stage_channels, conv5_channels = table.channels
         names = ("dtype", "lowering", "initial")
         common = {name: getattr(self, name) for name in names}
 
@@ -202,10 +218,10 @@ class ShuffleNetV2(nn.Module):
 
         x = lower.from_nhwc(images.astype(self.dtype))
         stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2}
-        x = ConvBN(STEM_CHANNELS, 3, **stem, name="conv1", **common)(x, batch_groups)
+        x = ConvBN(stem_channels, 3, **stem, name="conv1", **common)(x, batch_groups)
         x = x if self.small_stem else lower.max_pool(x)
-        features["stem"] = lower.to_nhwc(x)  # (B, H/4, W/4, 24)
-        for (stage, units), channels in zip(UNITS.items(), stage_channels, strict=True):
+        features["stem"] = lower.to_nhwc(x)  # (B, H/4, W/4, the stem's channels)
+        for stage, units, channels in zip(STAGES, table.repeats, stage_channels, strict=True):
             for index in range(units):
                 stride = 2 if index == 0 else 1
                 settings = {"train": training(stage), "name": f"{stage}_unit{index}", **common}
@@ -261,10 +277,10 @@ def _smallest_images(module):
 
 
 def describe(module):
-    """Name a ShuffleNetV2 in a few words: its width, wiring and classes."""
+    """Name a ShuffleNetV2 in a few words: its table, wiring and classes."""
     stem = ", small stem" if module.small_stem else ""
     head = f"{module.num_classes} classes" if module.num_classes else "no classifier: features only"
-    return f"{module.width}x, {module.layout} layout{stem}, {head}"
+    return f"{name_of(module.table, conv5=module.conv5)}, {module.layout} layout{stem}, {head}"
 
 
 def variable_shapes(module):

@@ -25,6 +25,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from shufflenet_jax import published
+from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.commands import from_torch
 from shufflenet_jax.commands.console import run
 from shufflenet_jax.files import hash_of
@@ -62,10 +63,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SHUFFLENET_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def lively_network(dialect, width=0.5, num_classes=10, *, seed=0, **settings):
-    """A PyTorch network whose every weight and statistic is random, and whose outputs differ from image to image."""
+def lively_network(dialect, table=0.5, num_classes=10, *, seed=0, **settings):
+    """A PyTorch network of a width or Table with random weights and statistics, whose outputs differ between images."""
     generator = torch.Generator().manual_seed(seed)
-    network = reference.NETWORKS[dialect](width, num_classes, **settings)
+    network = reference.NETWORKS[dialect](TABLES.get(table, table), num_classes, **settings)
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

@@ -235,7 +235,7 @@ def reader(things, tmp_path, monkeypatch):
     publish(things, monkeypatch)
     matplotlib.use("Agg")
     # What extending.md adds to.
-    tables = (architecture.CHANNELS, config.PREPROCESSING, lowerings.MODULES, dialects.DIALECTS)
+    tables = (architecture.TABLES, config.PREPROCESSING, lowerings.MODULES, dialects.DIALECTS)
     kept = [dict(table) for table in tables]
     with few_units(stage2=1):
         yield

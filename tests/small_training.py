@@ -25,16 +25,16 @@ from shufflenet_jax.training import loop
 @contextlib.contextmanager
 def few_units(stage2=2):
     """Networks have few units within the block."""
-    usual = dict(architecture.UNITS)
-    _set_units({"stage2": stage2, "stage3": 1, "stage4": 1})
+    usual = dict(architecture.TABLES)
+    _set_tables({width: table._replace(repeats=(stage2, 1, 1)) for width, table in usual.items()})
     try:
         yield
     finally:
-        _set_units(usual)
+        _set_tables(usual)
 
 
-def _set_units(units):
-    architecture.UNITS.update(units)
+def _set_tables(tables):
+    architecture.TABLES.update(tables)
     model._variable_shapes.cache_clear()
     jax.clear_caches()  # What is traced is known by the network alone.
 

@@ -82,7 +82,7 @@ NOTHING = {
     "width": 1.0, "layout": "torchvision", "initial": "mmpretrain", "small_stem": False, "init_from": None,
     "freeze": "", "dropout": 0, "eval_size": 0, "eval_resize": 0, "crop": "random", "transform": "exact",
     "min_area": 0.08, "flip": True, "shift": 0, "color_jitter": 0, "trivial_augment": False, "random_erasing": 0,
-    "repeats": 1, "steps": 0, "recalibrate": 0, "scale_lr_from": 0, "lr_every": "step", "warmup_steps": 0,
+    "aug_repeats": 1, "steps": 0, "recalibrate": 0, "scale_lr_from": 0, "lr_every": "step", "warmup_steps": 0,
     "warmup_epochs": 0, "warmup_first": False, "momentum": 0.9, "nesterov": False, "label_smoothing": 0,
     "class_weights": None, "mixup": 0, "cutmix": 0, "clip_norm": 0, "ema_decay": 0, "teacher": None, "dtype": "float32",
 }  # fmt: skip
@@ -100,7 +100,7 @@ FACTS = {
     "in1k_torchvision": NOTHING | {
         "width": 1.5, "initial": "pytorch", "image_size": 176, "eval_size": 224, "eval_resize": 232,
         "batch_size": 8 * 128, "bn_group_size": 128, "epochs": 600,
-        "trivial_augment": True, "random_erasing": 0.1, "repeats": 4, "mixup": 0.2, "cutmix": 1.0,
+        "trivial_augment": True, "random_erasing": 0.1, "aug_repeats": 4, "mixup": 0.2, "cutmix": 1.0,
         "label_smoothing": 0.1, "learning_rate": 0.5, "schedule": "cosine", "lr_every": "epoch",
         "warmup_epochs": 5, "warmup_factor": 0.01, "warmup": "linear", "warmup_first": True,
         "weight_decay": 2e-5, "decay": "no_norm",

@@ -262,7 +262,7 @@ def test_the_order_of_a_pass_is_as_random_as_a_permutation():
 
 
 def test_repeated_augmentation_uses_each_image_several_times_in_a_row():
-    (batch,) = train_batches(numbered(30), config(repeats=3, batch_size=30), stop_step=1)
+    (batch,) = train_batches(numbered(30), config(aug_repeats=3, batch_size=30), stop_step=1)
     numbers = batch["images"][:, 0, 0, 0].reshape(10, 3)
     assert (numbers == numbers[:, :1]).all() and len(set(numbers[:, 0])) == 10
 

@@ -13,6 +13,7 @@ from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
+from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.checkpoint import load_directory, module_of, save_model
 from shufflenet_jax.commands import export, from_torch
 from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo, Preprocess
@@ -74,7 +75,7 @@ def close(actual, expected):
 def test_onnx_computes_what_pytorch_computes_from_uint8_crops(name):
     dialect, width, classes, settings = NETWORKS[name]
     network = lively_network(dialect, width, classes, **settings)
-    preprocess = dataclasses.replace(dialects.DIALECTS[dialect].preprocess_of(width), resize=64, crop=64)
+    preprocess = dataclasses.replace(dialects.DIALECTS[dialect].preprocess_of(TABLES[width]), resize=64, crop=64)
     model, _ = graph.make_model(*convert_network(network, dialect), preprocess, with_preprocessing=True)
     session = runtime.load(model)
     for count in (1, 3):  # Of one file.
@@ -170,7 +171,7 @@ def test_pytorch_files_load_strictly_in_their_projects_networks(ten_classes, tmp
         path = tmp_path / f"{dialect}.pth"
         exported(call, model, "--format", dialect, "--data", data, "--out", path)
         content = torch.load(path, weights_only=True)
-        network = reference.NETWORKS[dialect](0.5, 10)
+        network = reference.NETWORKS[dialect](TABLES[0.5], 10)
         network.load_state_dict(content["state_dict"] if dialect == "mmpretrain" else content)
         jax.tree.map(assert_array_equal, convert_network(network, dialect)[1], variables)
     assert "wired like torchvision" in refused(export.main, model, "--format", "megvii", "--out", tmp_path / "m")
@@ -311,7 +312,7 @@ def test_real_weights_give_their_counts_elsewhere_too_and_come_back_to_pytorch(s
 
     exported(call, checkpoint, "--format", "torchvision", "--out", path)
     original = torch.load(weights / "shufflenet_v2_x1_0_torchvision.pth", weights_only=True)
-    network = reference.NETWORKS["torchvision"](1.0, 1000)
+    network = reference.NETWORKS["torchvision"](TABLES[1.0], 1000)
     network.load_state_dict(torch.load(path, weights_only=True))
     tensors = network.state_dict()
     assert all(torch.equal(tensors[key], original[key]) for key in original if "num_batches" not in key)

@@ -7,6 +7,7 @@ from test_model import PARAMETERS
 
 from shufflenet_jax import __main__
 from shufflenet_jax.accounting import count, total
+from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.commands import info
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.model import ShuffleNetV2
@@ -28,7 +29,7 @@ def one_thread():
 def network(layout, width, *, small_stem=False):
     """The PyTorch reference; it has no small stem of its own."""
     torch.manual_seed(0)
-    built = reference.NETWORKS[DIALECTS[layout]](width, 1000).eval()
+    built = reference.NETWORKS[DIALECTS[layout]](TABLES[width], 1000).eval()
     if small_stem:
         getattr(built, built.first)[0].stride = (1, 1)
     return built

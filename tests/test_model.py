@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 from small_training import few_units
 
-from shufflenet_jax.architecture import CHANNELS, FEATURES
+from shufflenet_jax.architecture import FEATURES, TABLES
 from shufflenet_jax.batch_groups import BatchGroups
 from shufflenet_jax.model import BatchNorm, ShuffleNetV2, init_variables, variable_shapes
 from shufflenet_jax.porting import reference
@@ -43,7 +43,7 @@ def test_features_have_the_resolutions_and_channels_of_the_paper_also_for_odd_si
     shapes = variable_shapes(module)
     logits, features = jax.eval_shape(module.apply, shapes, jax.ShapeDtypeStruct((2, 225, 161, 3), jnp.float32))
     assert logits.shape == (2, 1000)
-    s2, s3, s4, last = CHANNELS[1.5]
+    _, s2, s3, s4, last = TABLES[1.5].channels
     assert [features[name].shape for name in FEATURES] == [
         (2, 57, 41, 24), (2, 29, 21, s2), (2, 15, 11, s3), (2, 8, 6, s4), (2, 8, 6, last), (2, last),
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def test_initial_weights_are_those_that_flax_draws(settings):
 def test_initial_weights_may_be_pytorchs_own():
     params = init_variables(ShuffleNetV2(width=0.5, initial="pytorch"))["params"]
     torch.manual_seed(0)
-    theirs = reference.NETWORKS["torchvision"](0.5, 1000).state_dict()
+    theirs = reference.NETWORKS["torchvision"](TABLES[0.5], 1000).state_dict()
     pairs = [
         (params["conv1"]["conv"]["kernel"], theirs["conv1.0.weight"]),
         (params["stage4_unit1"]["right_dw"]["conv"]["kernel"], theirs["stage4.1.branch2.3.weight"]),

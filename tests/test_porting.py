@@ -16,7 +16,6 @@ import torch
 from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose
 
-from shufflenet_jax.architecture import CHANNELS
 from shufflenet_jax.checkpoint import read_info, save_model
 from shufflenet_jax.commands import from_torch, to_torch
 from shufflenet_jax.config import CIFAR10_EVAL, DIGITS_EVAL, TORCHVISION_EVAL, ModelInfo
@@ -24,7 +23,6 @@ from shufflenet_jax.data import normalization
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
-from shufflenet_jax.errors import InputError
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.porting import convert, dialects, torch_files
 
@@ -648,12 +646,6 @@ def resnet_keys():
     return {key: torch.zeros(shape) for key, shape in (keys | blocks).items()}
 
 
-def ericsun99_wide():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CHANNELS, 2.0, (224, 488, 976, 2048))
-        return lively_network("ericsun99", 2.0).state_dict()
-
-
 def altered(**changes):
     def alter(tensors):
         tensors = dict(tensors)
@@ -673,7 +665,6 @@ REFUSED = {  # name: (what the file holds, options, what the error must say)
     "resnet": (lambda path: torch.save(resnet_keys(), path), (), ["not those of a ShuffleNetV2"]),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), (), ["holds a Tensor"]),
     "no state dict": (lambda path: torch.save({"epoch": 3}, path), (), ["no state dict"]),
-    "224 wide": (lambda path: torch.save(ericsun99_wide(), path), (), ["224, 488, 976", "no published width"]),
     "no averages": ("small", ("--ema",), ["no averaged weights"]),
     "other dialect": ("small", ("--dialect", "megvii"), ["speaks torchvision, not megvii"]),
     "misshapen": (altered(conv5__0__weight=lambda t: t[:-1]), (), ["conv5.0.weight is (1023, 192, 1, 1), not (1024"]),
@@ -879,9 +870,3 @@ def test_the_pytorch_reference_itself_gives_mmpretrains_logits(shared):
     rows = dict(zip(stored["name"], stored["logits"], strict=True))
     expected = np.stack([rows[name.split("/")[-1]] for name in batch["names"]])
     assert_allclose(logits, expected, atol=1e-3)  # Another build of PyTorch on another processor.
-
-
-def test_sizes_of_unknown_width_are_told_before_anything_else():
-    tensors = {key: tensor.numpy() for key, tensor in ericsun99_wide().items()}
-    with pytest.raises(InputError, match=r"2\.0x 244, 488, 976"):
-        dialects.module_for(tensors, dialects.ERICSUN99)

@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 from small_training import assert_copies_agree, few_units
 
 from shufflenet_jax import model, parallel
+from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.batch_groups import Epoch, plan_batch
 from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo
 from shufflenet_jax.data import mixing, normalization
@@ -111,7 +112,7 @@ def test_an_epoch_of_in1k_has_1252_steps_and_its_last_has_16_groups_of_9():
 
 @pytest.mark.parametrize("which", ["no_norm", "matrices"])
 def test_the_table_of_decay_adds_up(which):
-    sizes = [p.numel() for p in reference.NETWORKS["torchvision"](1.0, 1000).parameters() if p.ndim > 1]
+    sizes = [p.numel() for p in reference.NETWORKS["torchvision"](TABLES[1.0], 1000).parameters() if p.ndim > 1]
     sizes += [1000] if which == "no_norm" else []
     lines = decay_table(variable_shapes(ShuffleNetV2())["params"], which).splitlines()[1:]
     kinds = {line[:24].strip(): line[24:].replace(",", "").split() for line in lines}
@@ -188,7 +189,7 @@ class Step:
 
     def in_pytorch(self, dtype):
         module = dialects.module_for(self.tensors, self.rules)
-        network = reference.NETWORKS[self.dialect](module.width, module.num_classes)
+        network = reference.NETWORKS[self.dialect](module.table, module.num_classes)
         network.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in self.tensors.items()})
         network.to(getattr(torch, dtype)).train()
         for name in self.config.frozen:
@@ -251,7 +252,7 @@ class Step:
         if self.config.teacher.endswith(".npz"):
             logits = np.load(self.config.teacher)["logits"]
             return torch.from_numpy(logits[step * self.labels.shape[1] + rows]).double()
-        network = reference.NETWORKS["megvii"](0.5, 10)
+        network = reference.NETWORKS["megvii"](TABLES[0.5], 10)
         network.load_state_dict(torch.load(self.config.teacher))
         with torch.no_grad():
             return network.eval().double()(torch.from_numpy(np.float64(images[..., ::-1]).transpose(0, 3, 1, 2)))[0]

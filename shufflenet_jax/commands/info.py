@@ -1,19 +1,23 @@
-"""`python -m shufflenet_jax info`: what a network costs, stage by stage."""
+"""`python -m shufflenet_jax info`: what a network costs, stage by stage, or several networks side by side."""
 
 import argparse
 import json
 import re
 
-from ..accounting import count, total
-from ..architecture import CHANNELS, LAYOUTS
+from ..accounting import count, measure_milliseconds, total
+from ..architecture import LAYOUTS, TABLES, name_of, resolve_table, table_settings, width_of
 from ..config import MOST
 from ..errors import InputError
 from ..loading import load_model
 from ..model import ShuffleNetV2, describe
-from .parsing import CommandLine
+from .parsing import CommandLine, numbers
 
-DESCRIPTION = "Tell parameters, multiply-adds, activations, receptive field and output of each stage, for one image."
-DEFAULTS = {"width": 1.0, "layout": "torchvision", "num_classes": 1000, "in_chans": 3, "small_stem": False}
+DESCRIPTION = (
+    "Show parameters, multiply-adds, activations, receptive field and output of each stage, for one image; with "
+    "--compare the sums of several networks, and how long each takes here."
+)
+TABLE = {"width": 1.0, "channels": None, "repeats": None}
+DEFAULTS = {**TABLE, "layout": "torchvision", "num_classes": 1000, "in_chans": 3, "small_stem": False}
 SIDE = 224
 COLUMNS = {  # heading: the field of a Stage
     "parameters": "parameters",
@@ -28,11 +32,22 @@ MEANING = (
     "with norms: two multiply-adds more for each output of a batch norm; activations: outputs of convolutions and fc; "
     "field: receptive field in pixels"
 )
+COMPARED = {  # heading: the figure
+    "parameters": "parameters",
+    "multiply-adds": "multiply_adds",
+    "activations": "activations",
+    "ms": "milliseconds",
+}
+COMPARED_MEANING = "activations: outputs of convolutions and fc; ms: one image on this machine, median"
 
 
 def main(argv):
     options = parse(argv)
     given = {name: value for name in DEFAULTS if (value := getattr(options, name)) is not None}
+    if given.keys() >= {"width", "channels"}:
+        raise InputError("--channels describes the network instead of --width; leave one of both out")
+    if options.compare is not None:
+        return compare(options, given)
     resolution = options.resolution
     if options.checkpoint is not None:
         if given:
@@ -45,7 +60,7 @@ def main(argv):
     height, width = resolution or (SIDE, SIDE)
 
     stages = count(module, height, width)
-    settings = {name: getattr(module, name) for name in DEFAULTS}
+    settings = settings_of(module)
     if options.json:
         rows = [stage._asdict() for stage in stages]
         print(json.dumps({**settings, "resolution": [height, width], "stages": rows, "total": total(stages)}))
@@ -55,9 +70,48 @@ def main(argv):
     return 0
 
 
+def compare(options, given):
+    """Print what networks of several tables cost, a row each."""
+    taken = [name for name in (*TABLE, "checkpoint") if getattr(options, name) is not None]
+    if taken:
+        raise InputError(f"--compare names the tables itself; leave out {', '.join(f'--{name}' for name in taken)}")
+    height, width = options.resolution or (SIDE, SIDE)
+    tables = options.compare or list(TABLES.values())
+    modules = [ShuffleNetV2(**{**DEFAULTS, **given, **table_settings(table)}) for table in tables]
+    costs = [total(count(module, height, width)) for module in modules]
+    times = measure_milliseconds(modules, height, width)
+    rows = [
+        {"name": name_of(table), **settings_of(module), **summed, "milliseconds": round(milliseconds, 3)}
+        for table, module, summed, milliseconds in zip(tables, modules, costs, times, strict=True)
+    ]
+    if options.json:
+        print(json.dumps({"resolution": [height, width], "networks": rows}))
+        return 0
+    cells = [["table", *COMPARED], *([row["name"], *(f"{row[key]:,}" for key in COMPARED.values())] for row in rows)]
+    print(f"{modules[0].layout} layout, for an image of {height} x {width} x {modules[0].in_chans}")
+    print(*in_columns(cells), COMPARED_MEANING, sep="\n")
+    return 0
+
+
+def settings_of(module):
+    """Return the settings of a ShuffleNetV2 as JSON shows them, its channels and repeats always written out."""
+    table = module.table
+    written = {"width": width_of(table), **table._asdict()}
+    return {**written, **{name: getattr(module, name) for name in DEFAULTS if name not in written}}
+
+
 def parse(argv):
     parser = CommandLine(prog="shufflenet-jax info", description=DESCRIPTION)
-    parser.add_argument("--width", type=float, choices=CHANNELS, help=f"of the network (default: {DEFAULTS['width']})")
+    parser.add_argument("--width", type=float, choices=TABLES, help=f"of the network (default: {DEFAULTS['width']})")
+    told = "channels of the stem, stage2, stage3, stage4 and conv5, like 24,48,96,192,192, instead of a width"
+    parser.add_argument("--channels", type=numbers, metavar="N,N,...", help=told)
+    told = "units of stage2, stage3 and stage4 (default: 4,8,4)"
+    parser.add_argument("--repeats", type=numbers, metavar="N,N,N", help=told)
+    told = (
+        "compare networks side by side: each a width, channels, or either with repeats behind a slash, like "
+        "24,48,96,192,192/4,8,1 (default: the published widths)"
+    )
+    parser.add_argument("--compare", type=table_named, nargs="*", metavar="TABLE", help=told)
     parser.add_argument("--layout", choices=LAYOUTS, help=f"its wiring (default: {DEFAULTS['layout']})")
     told = f"outputs of the classifier; 0 leaves it out (default: {DEFAULTS['num_classes']})"
     parser.add_argument("--num-classes", type=whole_number(0), metavar="N", help=told)
@@ -84,6 +138,20 @@ def whole_number(least):
     return number
 
 
+def table_named(text):
+    """The Table of "0.5", "24,48,96,192,192" or either with "/4,8,1" behind it, for `type=`."""
+    wide, _, deep = text.partition("/")
+    try:
+        repeats = numbers(deep) if deep else None
+        if "," in wide:
+            return resolve_table(None, numbers(wide), repeats)
+        return resolve_table(float(wide.removesuffix("x")), None, repeats)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no width ({', '.join(map(str, TABLES))}) and no table like 24,48,96,192,192/4,8,1"
+        ) from error
+
+
 def resolution_of(text):
     """(height, width) of "224" or "192x256", for `type=`."""
     sides = [int(side) for side in text.split("x") if re.fullmatch("[0-9]{1,9}", side) and 0 < int(side) <= MOST]
@@ -98,6 +166,11 @@ def table(stages):
     rows = [["stage", *COLUMNS]]
     rows += [[stage.name, *(_text(getattr(stage, name), name) for name in COLUMNS.values())] for stage in stages]
     rows += [["total", *(f"{summed[name]:,}" if name in summed else "" for name in COLUMNS.values())]]
+    return in_columns(rows)
+
+
+def in_columns(rows):
+    """Lines of rows of texts: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))

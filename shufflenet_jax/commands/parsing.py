@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from ..config import RENAMED, VAL_SHARE
+from ..config import RENAMED, VAL_SHARE, whole_numbers
 from ..errors import InputError
 
 _flags: dict[str, str] = {}  # {argument: option} of the command that runs, such as {"data_dir": "--data-dir"}.
@@ -47,6 +47,14 @@ def with_current_names(argv):
 def with_flags(text):
     """Show the arguments that a message of the library has in backticks as options of the command."""
     return re.sub(r"`(\w+)`", lambda found: _flags.get(found[1], found[1]), text)
+
+
+def numbers(text):
+    """Read "4,8,4" as (4, 8, 4), for `type=`."""
+    try:
+        return whole_numbers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 4,8,4") from error
 
 
 def positive_integer(text):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ..accounting import count, total
+from ..architecture import name_of
 from ..checkpoint import hash_of_variables, load_directory, module_of, save_model
 from ..errors import InputError
 from ..files import path_of, written_aside
@@ -58,8 +59,9 @@ def card(name, digest, info, options):
     """The model card, in Markdown."""
     side = info.preprocess.crop
     summed = total(count(module_of(info), side, side))
+    stem = ", small stem" if info.small_stem else ""
     facts = {
-        "network": f"ShuffleNetV2 {info.width}x, {info.layout} layout" + (", small stem" if info.small_stem else ""),
+        "network": f"ShuffleNetV2 {name_of(info.table, conv5=info.conv5)}, {info.layout} layout{stem}",
         "classes": info.num_classes or "none: features alone",
         "parameters": f"{summed['parameters']:,}",
         f"multiply-adds at {side} x {side}": f"{summed['multiply_adds'] / 1e6:.1f} M",

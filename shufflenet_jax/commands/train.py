@@ -17,7 +17,7 @@ from ..training.curves import plot_schedule
 from ..training.loop import describe_run, train
 from ..training.schedule import count_steps, count_warmup, make_schedule, peak_rate
 from .console import speak_as
-from .parsing import CommandLine, add_process_options
+from .parsing import CommandLine, add_process_options, numbers
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
 
@@ -37,7 +37,13 @@ def parse(argv):
     """The TrainConfig that the command line asks for, and its other options."""
     first = CommandLine(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    name = first.parse_known_args(argv)[0].config
+    first.add_argument("--width")
+    for option in ("--channels", "--repeats"):
+        first.add_argument(option, type=numbers)
+    given = first.parse_known_args(argv)[0]
+    if given.channels and given.width:
+        raise InputError("--channels describes the network instead of --width; leave one of both out")
+    name = given.config
     parser = Parser(
         prog="train.py",
         description=DESCRIPTION,

@@ -91,7 +91,7 @@ def train_batches(
 
     def load(position):
         epoch, place, real = whole.find(*divmod(position, plan.batch_size))
-        index = shuffled(place % size // config.repeats, size, config.seed, epoch)
+        index = shuffled(place % size // config.aug_repeats, size, config.seed, epoch)
         index, row = readable(index, seed=(config.seed, epoch * whole.padded + place))
         if stored:
             if stored.label[index] != row["labels"]:

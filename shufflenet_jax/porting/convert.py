@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import torch
 
-from ..architecture import FEATURES
+from ..architecture import FEATURES, table_settings
 from ..config import PREPROCESSING, ModelInfo, Preprocess
 from ..data import normalization
 from ..data.labels import imagenet_classes
@@ -82,7 +82,7 @@ def convert(file: TorchFile, *, dialect: str | None = None, statements: Statemen
     preprocess = _preprocess(statements, rules, module, file.name)
     classes, guesses = _label_names(module.num_classes, file, statements.classes)
     info = ModelInfo(
-        width=module.width,
+        **table_settings(module.table),
         layout=module.layout,
         num_classes=module.num_classes,
         in_chans=module.in_chans,
@@ -104,7 +104,7 @@ def _preprocess(statements: Statements, rules: dialects.Dialect, module: Shuffle
     """Return how images are prepared: as stated, else as the dialect's authors do."""
     stated = statements.preprocessing
     if stated is None or stated in dialects.DIALECTS:
-        preprocess = (dialects.DIALECTS[stated] if stated else rules).preprocess_of(module.width)
+        preprocess = (dialects.DIALECTS[stated] if stated else rules).preprocess_of(module.table)
     else:
         preprocess = PREPROCESSING[stated]
         if preprocess.channels not in (3, module.in_chans):

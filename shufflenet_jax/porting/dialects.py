@@ -6,14 +6,15 @@ Keys follow the code of MMPretrain, torchvision, Megvii and ericsun99.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..architecture import CHANNELS, UNITS
+from ..architecture import COLUMNS, STAGES, TABLES, Table, fault_of, name_of, table_settings, width_of
 from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, MOST, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, Preprocess
 from ..errors import InputError
 from ..model import ShuffleNetV2, variable_shapes
@@ -36,27 +37,35 @@ class Dialect:
     # How the authors evaluate: by width, None for all others.
     preprocess: dict[float | None, Preprocess]
 
-    def preprocess_of(self, width):
-        """How the authors evaluate a width."""
-        return self.preprocess.get(width, self.preprocess[None])
+    def preprocess_of(self, table: Table) -> Preprocess:
+        """Return how the authors evaluate a network with a table."""
+        return self.preprocess.get(width_of(table), self.preprocess[None])
 
-    def layer_keys(self):
-        """{our ConvBN's path: (their convolution, their batch norm)}, in the order of the network."""
+    def layer_keys(self, repeats: Sequence[int]) -> dict[str, tuple[str, str]]:
+        """Return {our ConvBN's path: (their convolution, their batch norm)}, in the order of the network.
+
+        Args:
+          repeats: units of each stage.
+        """
         layers = {"conv1": self.conv1}
         index = 0
-        for layer, (stage, units) in enumerate(UNITS.items()):
+        for layer, units in enumerate(repeats):
             for unit in range(units):
                 prefix = self.unit_prefix.format(stage=layer + 2, layer=layer, unit=unit, index=index)
                 for name, (conv, bn) in self.unit.items():
                     if unit == 0 or name.startswith("right"):  # Only stride-2 units have layers on the left.
-                        layers[f"{stage}_unit{unit}/{name}"] = (prefix + conv, prefix + bn)
+                        layers[f"stage{layer + 2}_unit{unit}/{name}"] = (prefix + conv, prefix + bn)
                 index += 1
         return {**layers, "conv5": self.conv5}
 
-    def tensor_keys(self):
-        """{our leaf's path: their key} for every tensor of the network, in the order of their files."""
+    def tensor_keys(self, repeats: Sequence[int]) -> dict[tuple[str, ...], str]:
+        """Return {our leaf's path: their key} for every tensor of the network, in the order of their files.
+
+        Args:
+          repeats: units of each stage.
+        """
         keys = {}
-        for layer, (conv, bn) in self.layer_keys().items():
+        for layer, (conv, bn) in self.layer_keys(repeats).items():
             path = tuple(layer.split("/"))
             keys["params", *path, "conv", "kernel"] = f"{conv}.weight"
             keys["params", *path, "bn", "scale"] = f"{bn}.weight"
@@ -67,6 +76,70 @@ class Dialect:
         if self.layout != "megvii":
             keys["params", "fc", "bias"] = f"{self.fc}.bias"
         return keys
+
+    @property
+    def numbers_all_units(self) -> bool:
+        """Whether units are numbered through all stages."""
+        return "{index}" in self.unit_prefix
+
+    @cached_property
+    def _names_in_unit(self) -> dict[str, str]:
+        """{the name of a tensor behind its unit's prefix: our ConvBN in the unit}."""
+        return {
+            f"{layer}.{leaf}": ours
+            for ours, (conv, bn) in self.unit.items()
+            for layer, leaves in ((conv, ("weight",)), (bn, ("weight", "bias", "running_mean", "running_var")))
+            for leaf in leaves
+        }
+
+    @cached_property
+    def _unit_pattern(self) -> re.Pattern[str]:
+        """What the name of a tensor in a unit is like, without `backbone.`."""
+        pattern = re.escape(bare(self.unit_prefix))
+        for field, numbers in (("stage", "[234]"), ("layer", "[012]"), ("unit", r"\d{1,2}"), ("index", r"\d{1,3}")):
+            pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{numbers})")
+        return re.compile(f"{pattern}(?P<name>.+)")
+
+    def unit_of(self, key: str) -> tuple[int, int, str] | None:
+        """Return (stage, unit, our ConvBN in it) of a tensor, both numbers from 0, or None for those in no unit.
+
+        The stage is 0 where units are numbered through all stages.
+
+        Args:
+          key: a name, with or without `backbone.`.
+        """
+        match = self._unit_pattern.fullmatch(bare(key))
+        layer = match and self._names_in_unit.get(match["name"])
+        if not match or not layer:
+            return None
+        numbers = match.groupdict()
+        stage = int(numbers["stage"]) - 2 if "stage" in numbers else int(numbers.get("layer", 0))
+        return stage, int(numbers.get("unit") or numbers["index"]), layer
+
+    def repeats_in(self, keys: Iterable[str]) -> tuple[int, ...]:
+        """Return how many units each stage has, by the names of its tensors.
+
+        A unit is there where at least half of its right branch's tensors are, so that few that are missing, or do not
+        belong there, change nothing. Where units are numbered through all stages, one with a left branch begins a
+        stage, and there may be more or fewer than three.
+
+        Args:
+          keys: names of tensors, with or without `backbone.`.
+        """
+        tensors: Counter[tuple[int, int, str]] = Counter()
+        for place in filter(None, map(self.unit_of, keys)):
+            stage, unit, layer = place
+            tensors[stage, unit, layer.partition("_")[0]] += 1
+        sizes = Counter(layer.partition("_")[0] for layer in self._names_in_unit.values())
+        branches = {place for place, count in tensors.items() if 2 * count >= sizes[place[2]]}
+        units = [
+            max((unit + 1 for stage, unit, side in branches if side == "right" and stage == number), default=0)
+            for number in range(len(STAGES))
+        ]
+        if not self.numbers_all_units:
+            return tuple(units)
+        starts = sorted({0, *(unit for _, unit, side in branches if side == "left" and unit < units[0])})
+        return tuple(end - start for start, end in zip(starts, [*starts[1:], units[0]], strict=True))
 
 
 # The branches of a unit where they are flat sequences of convolution, batch norm and, behind 1x1 convolutions, ReLU.
@@ -164,21 +237,33 @@ def find_networks(keys: Collection[str]) -> list[Network]:
     """
     if len(keys) < FEWEST:
         return []
-    speakers: dict[str, list[str]] = {}  # {name: the dialects that have it}
+    numbers = [int(part) for key in keys for part in key.split(".") if part.isdecimal() and len(part) <= 2]
+    speakers: dict[str, list[str]] = {}  # {name: the dialects that have it in networks of as many units}
     for dialect, rules in DIALECTS.items():
-        for key in rules.tensor_keys().values():
+        for key in rules.tensor_keys([max(numbers, default=0) + 1] * len(STAGES)).values():
             speakers.setdefault(bare(key), []).append(dialect)
-    sizes = Counter(dialect for names in speakers.values() for dialect in names)
     counts: Counter[tuple[str, str]] = Counter()
     for key in keys:
         for prefix, name in _splits(key):
             counts.update((prefix, dialect) for dialect in speakers.get(name, ()))
     best: dict[str, Network] = {}
     for (prefix, dialect), count in counts.items():
-        # Fewer than half of the names is another network that happens to share some, like a ResNet's conv1 and fc.
-        if 2 * count >= sizes[dialect] and (prefix not in best or best[prefix].matches < count):
-            best[prefix] = Network(dialect, prefix, count)
+        network = _network_behind(prefix, dialect, keys) if count >= FEWEST else None
+        if network and (prefix not in best or best[prefix].matches < network.matches):
+            best[prefix] = network
     return list(best.values())
+
+
+def _network_behind(prefix: str, dialect: str, keys: Collection[str]) -> Network | None:
+    """Return the Network of a dialect behind a prefix, or None where fewer than half of its names are there.
+
+    That is another network that happens to share some names, like a ResNet's conv1 and fc.
+    """
+    rules, names = DIALECTS[dialect], [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    repeats = [max(units, 1) for units in rules.repeats_in(names)]
+    known = set(map(bare, rules.tensor_keys(repeats).values()))
+    count = sum(name in known for name in names)
+    return Network(dialect, prefix, count) if 2 * count >= len(known) else None
 
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
@@ -209,8 +294,9 @@ def canonical(
       InputError: two keys name the same tensor.
     """
     rules, prefix = DIALECTS[network.dialect], network.prefix
-    counters = [f"{bn}.num_batches_tracked" for _, bn in rules.layer_keys().values()]
-    known = {bare(key): key for key in (*rules.tensor_keys().values(), *counters)}
+    repeats = rules.repeats_in(key.removeprefix(prefix) for key in tensors if key.startswith(prefix))
+    counters = [f"{bn}.num_batches_tracked" for _, bn in rules.layer_keys(repeats).values()]
+    known = {bare(key): key for key in (*rules.tensor_keys(repeats).values(), *counters)}
     classifier = _classifier_keys(tensors, rules, prefix)
     others = tuple(other.prefix for other in networks if other.prefix != prefix)
     within = tuple(other for other in others if other.startswith(prefix))
@@ -257,45 +343,158 @@ def _classifier_keys(tensors: dict[str, Any], rules: Dialect, prefix: str) -> di
         prefix += "." if prefix else ""
 
 
-def module_for(tensors, dialect):
-    """The ShuffleNetV2 whose weights these are, from the shapes under the dialect's own keys.
+def module_for(tensors: dict[str, Any], dialect: Dialect) -> ShuffleNetV2:
+    """Return the ShuffleNetV2 whose weights these are, from names and shapes under the dialect's own keys.
+
+    Single tensors that are missing or misshapen do not matter here; `from_torch` names them.
 
     Raises:
-      InputError: the stages have the channels of no published width.
+      InputError: no network has such a table of channels and units.
     """
-    votes = {stage: Counter() for stage in UNITS}
-    for layer, (conv, _) in dialect.layer_keys().items():
-        shape = _shape(tensors, f"{conv}.weight")
-        if layer.endswith("right_dw") and len(shape) == 4:
-            votes[layer.partition("_")[0]][2 * shape[0]] += 1
-    # What most units of a stage say: single tensors that are missing or misshapen are named later, by `from_torch`.
-    found = {stage: counts.most_common(1)[0][0] for stage, counts in votes.items() if counts}
-    fitting = [
-        width
-        for width, channels in CHANNELS.items()
-        if all(found.get(stage, count) == count for stage, count in zip(UNITS, channels, strict=False))
-    ]
-    if not found or not fitting:
-        published = "; ".join(f"{w}x {', '.join(map(str, c[:3]))}" for w, c in CHANNELS.items())
-        raise InputError(
-            f"the stages have {', '.join(map(str, found.values())) or 'no'} channels, which no published width has "
-            f"({published}); such a file cannot be converted"
-        )
-    has_conv5 = any(f"{name}.weight" in tensors for name in dialect.conv5)
     weight, bias = (_shape(tensors, f"{dialect.fc}.{name}") for name in ("weight", "bias"))
     num_classes = (weight or bias or (0,))[0]
     if num_classes > MOST:
         raise InputError(
             f"the classifier has {num_classes:,} classes, which cannot be; such a file cannot be converted"
         )
+    conv5 = any(f"{name}.weight" in tensors for name in dialect.conv5) or num_classes > 0
     first = _shape(tensors, f"{dialect.conv1[0]}.weight")
     return ShuffleNetV2(
-        width=fitting[0],
+        **table_settings(_read_table(tensors, dialect)),
         layout=dialect.layout,
         num_classes=num_classes,
-        conv5=has_conv5 or num_classes > 0,
+        conv5=conv5,
         in_chans=first[1] if len(first) == 4 and first[1] else 3,
     )
+
+
+class Size(NamedTuple):
+    """What one axis of a tensor says of the table."""
+
+    column: int  # Of the table's channels.
+    part: str  # "all" of its channels, a "half", or what the "left" or "right" branch of a stage's first unit puts out.
+    channels: int
+    key: str  # Of the tensor.
+
+
+class Vote(NamedTuple):
+    """What most axes of tensors say of a part of the table."""
+
+    channels: int
+    key: str  # Of the first tensor that says so.
+    tensors: int  # How many axes say so.
+
+
+def _read_table(tensors: dict[str, Any], dialect: Dialect) -> Table:
+    """Read the table of channels and units from a network's names and shapes, by what most tensors of a stage say.
+
+    Raises:
+      InputError: says why there is no such network, and names a tensor that shows it.
+    """
+    repeats = dialect.repeats_in(tensors)
+    _require_stages(dialect, repeats)
+    sizes = list(_sizes(tensors, dialect, repeats))
+
+    def vote(column: int, part: str) -> Vote:
+        return _vote(size for size in sizes if (size.column, size.part) == (column, part))
+
+    stem, conv5, halves = vote(0, "all"), vote(4, "all"), [vote(column, "half") for column in (1, 2, 3)]
+    stages = tuple(2 * half.channels for half in halves)
+    # Without conv5 its number means nothing: the published one of these stages completes the name of a width.
+    usual = {table.channels[:4]: table.channels[4] for table in TABLES.values()}.get((stem.channels, *stages))
+    table = Table((stem.channels, *stages, conv5.channels or usual or TABLES[1.0].channels[4]), repeats)
+    if fault := fault_of(table, dialect.layout):
+        keys = dict(zip(COLUMNS, (stem.key, *(half.key for half in halves), conv5.key), strict=True))
+        raise InputError(f"{fault} ({keys.get(fault.partition(' ')[0], '')}); such a file cannot be converted")
+    for column, half in enumerate(halves, start=1):
+        inputs, outputs = table.channels[column - 1 : column + 1]
+        left = inputs if dialect.layout == "megvii" else half.channels
+        _require_fit(column, half, "all", vote(column, "all"), outputs)
+        _require_fit(column, half, "left", vote(column, "left"), left)
+        _require_fit(column, half, "right", vote(column, "right"), outputs - left)
+    return table
+
+
+def _require_stages(dialect: Dialect, repeats: tuple[int, ...]) -> None:
+    """Raise InputError unless there are three stages with units."""
+    if dialect.numbers_all_units and len(repeats) != len(STAGES):
+        starts = [sum(repeats[:stage]) for stage in range(len(repeats))]
+        first = [dialect.unit_prefix.format(index=start) + dialect.unit["left_dw"][0] for start in starts]
+        raise InputError(
+            f"its units make {len(repeats)} stages, each of which begins with a left branch, but a ShuffleNetV2 has "
+            f"{len(STAGES)} ({', '.join(f'{name}.weight' for name in first)}); such a file cannot be converted"
+        )
+    for layer, (stage, units) in enumerate(zip(STAGES, repeats, strict=True)):
+        if not units:
+            prefix = dialect.unit_prefix.format(stage=layer + 2, layer=layer, unit=0)
+            key = f"{prefix}{dialect.unit['right_dw'][0]}.weight"
+            raise InputError(f"{stage} has no units, not even {key}; such a file cannot be converted")
+
+
+def _require_fit(column: int, half: Vote, part: str, vote: Vote, expected: int) -> None:
+    """Raise InputError if several tensors say that a stage, or a branch of its first unit, puts out something else.
+
+    Args:
+      column: of the stage.
+      half: of its channels, as its units have it.
+      part: "all", "left" or "right".
+      vote: on that part.
+      expected: its channels, which would fit the halves.
+    """
+    if vote.tensors < 2 or vote.channels == expected:
+        return
+    stage, seen = COLUMNS[column], f"{vote.channels} channels ({vote.key})"
+    if part == "all" and vote.channels % 2:
+        reason = f"{stage} has {seen}, an odd number, but its units split them into halves"
+    elif part == "all":
+        reason = f"the halves of {stage} do not fit: they have {half.channels} channels ({half.key}), the whole {seen}"
+    else:
+        reason = f"the halves of {stage} do not fit: its first unit's {part} branch puts out {seen}, not {expected}"
+    raise InputError(f"{reason}; such a file cannot be converted")
+
+
+def _sizes(tensors: dict[str, Any], dialect: Dialect, repeats: tuple[int, ...]) -> Iterator[Size]:
+    """Yield what each axis of each tensor says of the table."""
+    for layer, (conv, bn) in dialect.layer_keys(repeats).items():
+        outputs, inputs = _axes(layer, dialect.layout)
+        shape = _shape(tensors, f"{conv}.weight")
+        if len(shape) == 4:
+            yield Size(*outputs, shape[0], f"{conv}.weight")
+            if inputs:
+                yield Size(*inputs, shape[1], f"{conv}.weight")
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            shape = _shape(tensors, f"{bn}.{leaf}")
+            if len(shape) == 1:
+                yield Size(*outputs, shape[0], f"{bn}.{leaf}")
+    shape = _shape(tensors, f"{dialect.fc}.weight")
+    if len(shape) == 2:
+        yield Size(4, "all", shape[1], f"{dialect.fc}.weight")
+
+
+def _axes(layer: str, layout: str) -> tuple[tuple[int, str], tuple[int, str] | None]:
+    """Return what a ConvBN puts out and takes in, each as (column of the table, part of it); None: not in the table."""
+    if layer in ("conv1", "conv5"):
+        return ((0, "all"), None) if layer == "conv1" else ((4, "all"), (3, "all"))
+    unit, _, name = layer.partition("/")
+    stage, _, number = unit.partition("_unit")
+    column, first = COLUMNS.index(stage), number == "0"
+    half, entering = (column, "half"), (column - 1, "all") if first else (column, "half")
+    return {
+        "left_dw": (entering, None),
+        "left_pw": ((column, "left"), entering),
+        "right_pw1": (half, entering),
+        "right_dw": (half, None),
+        "right_pw2": ((column, "right") if first else half, half),
+    }[name]
+
+
+def _vote(sizes: Iterable[Size]) -> Vote:
+    """Return what most of the sizes say; no channels where there are none."""
+    sizes = list(sizes)
+    if not sizes:
+        return Vote(0, "", 0)
+    channels, count = Counter(size.channels for size in sizes).most_common(1)[0]
+    return Vote(channels, next(size.key for size in sizes if size.channels == channels), count)
 
 
 def _shape(tensors, key):
@@ -316,10 +515,10 @@ def from_torch(tensors, dialect, module):
       InputError: names every tensor that is missing, too many, misshapen, or not made of finite float32 numbers.
     """
     shapes = flatten_dict(variable_shapes(module))
-    keys = {path: key for path, key in dialect.tensor_keys().items() if path in shapes}
+    keys = {path: key for path, key in dialect.tensor_keys(module.table.repeats).items() if path in shapes}
     counters = {
         layer: f"{bn}.num_batches_tracked"
-        for layer, (_, bn) in dialect.layer_keys().items()
+        for layer, (_, bn) in dialect.layer_keys(module.table.repeats).items()
         if ("params", *layer.split("/"), "bn", "scale") in shapes
     }
     faults = {
@@ -344,7 +543,7 @@ def from_torch(tensors, dialect, module):
             faults["misshapen"].append(f"{key} is not one whole number")
     if any(faults.values()):
         told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise InputError(f"the tensors do not make a {module.width}x ShuffleNetV2: {told}")
+        raise InputError(f"the tensors do not make a ShuffleNetV2 {name_of(module.table, conv5=module.conv5)}: {told}")
     counts = {layer: int(tensors[key]) for layer, key in counters.items() if key in tensors}
     if len(counts) == len(counters) and len(set(counts.values())) == 1:
         counts = next(iter(counts.values()))
@@ -354,8 +553,9 @@ def from_torch(tensors, dialect, module):
 def to_torch(variables, dialect, counts):
     """The way back: {the dialect's own key: array} in the order of its files, bit for bit what `from_torch` read."""
     flat = flatten_dict(variables)
+    units = Counter(path[1].partition("_unit")[0] for path in flat if path[-3:] == ("right_dw", "conv", "kernel"))
     tensors = {}
-    for path, key in dialect.tensor_keys().items():
+    for path, key in dialect.tensor_keys([units[stage] for stage in STAGES]).items():
         if path in flat:
             tensors[key] = np.ascontiguousarray(_torch_axes(np.asarray(flat[path])))
             layer = "/".join(path[1:-2])

@@ -5,11 +5,12 @@ of dialects.py are not needed. Written from the published descriptions; test_por
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..architecture import CHANNELS, STEM_CHANNELS, UNITS
+from ..architecture import STAGES, Table
 
 
 class ConvModule(nn.Module):
@@ -88,17 +89,17 @@ class MegviiUnit(nn.Module):
         return torch.cat([x[:, 0::2], self.branch_main(x[:, 1::2])], 1)
 
 
-def stages(width, unit):
-    """The three stages as lists of units."""
-    inputs, built = STEM_CHANNELS, []
-    for count, outputs in zip(UNITS.values(), CHANNELS[width], strict=False):
+def stages(table, unit):
+    """The three stages of a table as lists of units."""
+    inputs, built = table.channels[0], []
+    for count, outputs in zip(table.repeats, table.channels[1:], strict=False):
         built.append([unit(inputs if i == 0 else outputs, outputs, 2 if i == 0 else 1) for i in range(count)])
         inputs = outputs
     return built
 
 
-def stem(in_chans, stride):
-    return [(nn.Conv2d(in_chans, STEM_CHANNELS, 3, stride, 1, bias=False), True)]
+def stem(in_chans, outputs, stride):
+    return [(nn.Conv2d(in_chans, outputs, 3, stride, 1, bias=False), True)]
 
 
 def forward(x, conv1, units, conv5, fc, *, small_stem):
@@ -106,7 +107,7 @@ def forward(x, conv1, units, conv5, fc, *, small_stem):
     x = conv1(x)
     features = {"stem": x if small_stem else nn.functional.max_pool2d(x, 3, 2, 1)}
     x = features["stem"]
-    for name, stage in zip(UNITS, units, strict=True):
+    for name, stage in zip(STAGES, units, strict=True):
         for unit in stage:
             x = unit(x)
         features[name] = x
@@ -120,13 +121,13 @@ def forward(x, conv1, units, conv5, fc, *, small_stem):
 class MMPretrainNet(nn.Module):
     """Keys backbone.conv1, backbone.layers, head.fc."""
 
-    def __init__(self, width, num_classes, *, conv5=True, in_chans=3, small_stem=False):
+    def __init__(self, table: Table, num_classes, *, conv5=True, in_chans=3, small_stem=False):
         super().__init__()
-        last, outputs = CHANNELS[width][2:]
+        first, *_, last, outputs = table.channels
         self.small_stem = small_stem
         self.backbone, self.head = nn.Module(), nn.Module()
-        (self.backbone.conv1,) = named(stem(in_chans, 1 if small_stem else 2))
-        units = stages(width, partial(TorchvisionUnit, nest=named))
+        (self.backbone.conv1,) = named(stem(in_chans, first, 1 if small_stem else 2))
+        units = stages(table, partial(TorchvisionUnit, nest=named))
         self.backbone.layers = nn.ModuleList(nn.Sequential(*stage) for stage in units)
         if conv5:
             self.backbone.layers.extend(named([(pointwise(last, outputs), True)]))
@@ -141,7 +142,8 @@ class SequentialNet(nn.Module):
     """Everyone else's nesting: flat sequences under names that the projects chose for themselves.
 
     Args:
-      width, num_classes, conv5, in_chans, small_stem: as in `model.ShuffleNetV2`.
+      table: an architecture.Table.
+      num_classes, conv5, in_chans, small_stem: as in `model.ShuffleNetV2`.
       unit: the class of the units.
       first, last, fc: attributes of the first convolution, the last one and the classifier.
       flat: all units in one sequence `features` instead of `stage2`, `stage3`, `stage4`.
@@ -149,7 +151,7 @@ class SequentialNet(nn.Module):
 
     def __init__(
         self,
-        width,
+        table: Table,
         num_classes,
         *,
         conv5=True,
@@ -164,14 +166,14 @@ class SequentialNet(nn.Module):
     ):
         super().__init__()
         self.small_stem = small_stem
-        inputs, outputs = CHANNELS[width][2:]
-        self.units = stages(width, unit)  # A list of lists: registers nothing.
+        stem_channels, *_, inputs, outputs = table.channels
+        self.units = stages(table, unit)  # A list of lists: registers nothing.
         self.first, self.last, self.fc_name = first, last, fc
-        self.add_module(first, numbered(stem(in_chans, 1 if small_stem else 2)))
+        self.add_module(first, numbered(stem(in_chans, stem_channels, 1 if small_stem else 2)))
         if flat:
             self.features = nn.Sequential(*(unit for stage in self.units for unit in stage))
         else:
-            for name, stage in zip(UNITS, self.units, strict=True):
+            for name, stage in zip(STAGES, self.units, strict=True):
                 self.add_module(name, nn.Sequential(*stage))
         self.add_module(last, numbered([(pointwise(inputs, outputs), True)]) if conv5 else None)
         classifier = nn.Linear(outputs, num_classes, bias=bias) if num_classes else None
@@ -182,9 +184,15 @@ class SequentialNet(nn.Module):
         return forward(x, conv1, self.units, conv5, fc, small_stem=self.small_stem)
 
 
-MEGVII = {"unit": MegviiUnit, "first": "first_conv", "last": "conv_last", "fc": "classifier", "bias": False}
+MEGVII: dict[str, Any] = {
+    "unit": MegviiUnit,
+    "first": "first_conv",
+    "last": "conv_last",
+    "fc": "classifier",
+    "bias": False,
+}
 ERICSUN99_UNIT = partial(TorchvisionUnit, left="banch1", right="banch2")
-NETWORKS = {  # dialect: (width, num_classes, conv5=True, in_chans=3, small_stem=False) -> its network
+NETWORKS = {  # dialect: (table, num_classes, conv5=True, in_chans=3, small_stem=False) -> its network
     "mmpretrain": MMPretrainNet,
     "torchvision": partial(SequentialNet, unit=TorchvisionUnit, first="conv1", last="conv5", fc="fc", flat=False),
     "megvii": partial(SequentialNet, **MEGVII, flat=True),
@@ -198,7 +206,7 @@ NETWORKS = {  # dialect: (width, num_classes, conv5=True, in_chans=3, small_stem
 def network_like(module, dialect):
     """The network in PyTorch that a `model.ShuffleNetV2` is in JAX, under a dialect's names, with fresh weights."""
     return NETWORKS[dialect](
-        module.width,
+        module.table,
         module.num_classes,
         conv5=module.conv5,
         in_chans=module.in_chans,

@@ -1,18 +1,22 @@
 """With which weights a training begins: fresh ones, or those of a checkpoint as far as they fit."""
 
 import logging
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .. import parallel
+from ..architecture import Table, name_of
+from ..config import TrainConfig
 from ..errors import InputError
 from ..loading import adapt_channels, load_model
 from ..model import init_variables
 
 logger = logging.getLogger(__name__)
 
+Tensors = dict[tuple[str, ...], Any]  # {("params", "stage2_unit0", "left_dw", "conv", "kernel"): array}
 STEMS = {True: "a stem of stride 1 without max pool", False: "a stem of stride 2 with a max pool"}
 
 
@@ -24,18 +28,17 @@ def initial_variables(module, config, info):
       config: a TrainConfig.
       info: its ModelInfo.
     Raises:
-      InputError: the checkpoint's network is another one.
+      InputError: the checkpoint's network is wired in another way, or has nothing for what is to stay as it is.
     """
     fresh = init_variables(module, seed=config.seed)
     if not config.init_from:
         return fresh
     _, stored, known = load_model(config.init_from)
-    for name in ("width", "layout"):
-        if getattr(known, name) != getattr(info, name):
-            raise InputError(
-                f"checkpoint {config.init_from} has {name} {getattr(known, name)}, but the network to train "
-                f"{getattr(info, name)}; change one of them"
-            )
+    if known.layout != info.layout:
+        raise InputError(
+            f"checkpoint {config.init_from} has layout {known.layout}, but the network to train {info.layout}; change "
+            "one of them"
+        )
     stored, preprocess = adapt_channels(stored, known.preprocess, info.in_chans)
     _warn_of_other_input(config, preprocess)
     if known.small_stem != info.small_stem and parallel.is_first():
@@ -47,14 +50,67 @@ def initial_variables(module, config, info):
     fresh, stored = flatten_dict(fresh), flatten_dict(stored)
     if (known.num_classes, known.classes) != (info.num_classes, info.classes):
         stored = {path: leaf for path, leaf in stored.items() if path[1] != "fc"}
+    if known.table != info.table:
+        stored = _fitting(config, stored, fresh, tables=(known.table, info.table))
     begun = {path: np.asarray(stored[path], leaf.dtype) if path in stored else leaf for path, leaf in fresh.items()}
-    anew = sorted({path[1] for path in fresh if path not in stored})
+    layers = set(map(_layer_of, fresh))
+    anew = _summarize({_layer_of(path) for path in fresh if path not in stored}, layers)
     which = f"; reinitialized: {', '.join(anew)}" if anew else ""
     if known.in_chans != info.in_chans:
         which += f"; conv1 takes {info.in_chans} instead of {known.in_chans} channels"
     count = len(fresh.keys() & stored.keys())
     logger.info("begins with %d of %d tensors of %s%s", count, len(fresh), config.init_from, which)
     return jax.tree.map(np.asarray, unflatten_dict(begun))
+
+
+def _fitting(config: TrainConfig, stored: Tensors, fresh: Tensors, *, tables: tuple[Table, Table]) -> Tensors:
+    """Return the tensors of those layers that have the same shapes in a checkpoint and in the network to train.
+
+    A layer is a convolution with its batch norm; one without the other is of no use. The classifier goes with conv5.
+
+    Args:
+      config: whose `init_from` names the checkpoint.
+      stored: the checkpoint's tensors.
+      fresh: those of the network.
+      tables: of both.
+    Raises:
+      InputError: nothing fits, or not all that is to stay as it is.
+    """
+    theirs, ours = map(name_of, tables)
+    beyond = {_layer_of(path) for path in stored.keys() - fresh.keys()}
+    misfits = {_layer_of(path) for path in fresh if path not in stored or stored[path].shape != fresh[path].shape}
+    if ("conv5",) in misfits:
+        misfits.add(("fc",))
+    fitting = {path: leaf for path, leaf in stored.items() if _layer_of(path) not in misfits | beyond}
+    stays = [name for name in config.frozen if name in {layer[0].partition("_unit")[0] for layer in misfits}]
+    if stays or not fitting:
+        raise InputError(
+            f"checkpoint {config.init_from} has the table {theirs}, whose {', '.join(stays) or 'layers'} do not fit a "
+            f"network of {ours}{' and cannot stay as they are' if stays else ''}; "
+            f"{'change `freeze`' if stays else 'leave `init_from` out'}"
+        )
+    if parallel.is_first():
+        unused = ", ".join(_summarize(beyond, set(map(_layer_of, stored))))
+        logger.warning(
+            "%s has the table %s, the network to train %s: only layers of equal shapes are taken over%s",
+            *(config.init_from, theirs, ours, f"; not in this network: {unused}" if unused else ""),
+        )
+    return fitting
+
+
+def _layer_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ("stage2_unit0", "left_dw") of the path of one of its tensors, ("fc",) of the classifier's."""
+    return path[1:-2] or path[1:2]
+
+
+def _summarize(some: set[tuple[str, ...]], layers: set[tuple[str, ...]]) -> list[str]:
+    """Name some of a network's layers, whole stages and units by their own names."""
+    names: list[str] = []
+    for name in (lambda layer: layer[0].partition("_unit")[0], lambda layer: layer[0], "/".join):
+        whole = set(map(name, some)) - set(map(name, layers - some))
+        names += whole
+        some = {layer for layer in some if name(layer) not in whole}
+    return sorted(names)
 
 
 def _warn_of_other_input(config, known):

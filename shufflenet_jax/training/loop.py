@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checkpoint, parallel, progress
+from ..architecture import name_of
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
 from ..data.fingerprint import take_fingerprint
@@ -143,7 +144,8 @@ def _train(config, workdir, *, changed_data):
     else:
         logger.info("checkpoints: %s", checkpoints.directory)
     if not stopped and parallel.is_first():
-        logger.info("curves: %s", plot_curves(workdir, title=printable(f"{config.width}x on {config.data}")))
+        title = printable(f"{name_of(config.table)} on {config.data}")
+        logger.info("curves: %s", plot_curves(workdir, title=title))
         with writing(workdir):
             (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
     return result_of(workdir, stopped or total_steps, finished=not stopped, signal=interruption.number)
@@ -221,7 +223,7 @@ def _notes_on_names(config: TrainConfig, train: Source, evaluated: Source) -> tu
 
 def describe_model(config, source):
     """The model.json of the network that a run trains."""
-    names = ("width", "layout", "small_stem", "dropout")
+    names = ("width", "channels", "repeats", "layout", "small_stem", "dropout")
     return ModelInfo(
         **{name: getattr(config, name) for name in names},
         in_chans=config.preprocess.channels,
