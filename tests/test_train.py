@@ -164,7 +164,8 @@ def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(train
     assert status == 0 and "continuing after step 1" in told and "begins with" not in told
 
     cases = {
-        ("--width", 1.0, "--init-from", trained): "has width 0.5",
+        ("--layout", "megvii", "--init-from", trained): "has layout torchvision",
+        ("--width", 1.0, "--init-from", trained, "--freeze", "backbone"): "cannot stay as they are",
         ("--init-from", tmp_path / "none"): "no model at",
         ("--freeze", "stage1,fc"): "freeze names",
         ("--in-chans", 4): "images have 1 (grey) or 3 channels",

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from small_training import assert_copies_agree, few_units
 
 from shufflenet_jax import model, parallel
-from shufflenet_jax.architecture import TABLES
+from shufflenet_jax.architecture import TABLES, Table
 from shufflenet_jax.batch_groups import Epoch, plan_batch
 from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo
 from shufflenet_jax.data import mixing, normalization
@@ -176,7 +176,8 @@ class Step:
         plan = parallel.plan_for_devices(self.config, jax.devices()[:1])
         epoch = Epoch(IN1K_EPOCH.steps * plan.batch_size, plan)
         source = Source(self.labels.size, None, module.num_classes, None, tuple)
-        info = ModelInfo(module.width, module.layout, module.num_classes, MMPRETRAIN_EVAL)
+        described = (module.layout, module.num_classes, MMPRETRAIN_EVAL)
+        info = ModelInfo(module.width, *described, channels=module.channels, repeats=module.repeats)
         supervision = load_supervision(dataclasses.replace(self.config, dtype=np.dtype(dtype).name), source, info)
         columns = {"images": self.images, "labels": self.labels}
         if supervision.stored:
@@ -323,9 +324,17 @@ def assert_same_to(share, ours, theirs):
         assert difference <= share * largest, name
 
 
-@pytest.mark.parametrize(("dialect", "freeze"), [("torchvision", "stage2,conv5"), ("megvii", "")])
-def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect, freeze):
-    network = lively_network(dialect)
+@pytest.mark.parametrize(
+    ("dialect", "table", "freeze"),
+    [
+        ("torchvision", 0.5, "stage2,conv5"),
+        ("megvii", 0.5, ""),
+        ("torchvision", Table((5, 10, 8, 14, 9), (2, 1, 1)), ""),
+    ],
+    ids=["torchvision", "megvii", "another table"],
+)
+def test_two_steps_in_float64_are_pytorchs_in_both_wirings(x64, dialect, table, freeze):
+    network = lively_network(dialect, table)
     rng = np.random.default_rng(0)
     images = np.repeat(rng.integers(0, 256, (1, 8, 64, 64, 3), dtype=np.uint8), 2, axis=0)
     labels = np.repeat(rng.integers(0, 10, (1, 8)).astype(np.int32), 2, axis=0)

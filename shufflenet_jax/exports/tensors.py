@@ -77,7 +77,7 @@ def load_torch(path, model, dialect):
 
     def run(images):
         with torch.inference_mode():
-            logits, features = network(torch.from_numpy(nchw(images)))
+            logits, features = network(torch.tensor(nchw(images)))
         return logits, {name: nhwc(feature.numpy()) for name, feature in features.items()}
 
     return run

@@ -12,7 +12,7 @@ from ..architecture import Table, name_of
 from ..config import TrainConfig
 from ..errors import InputError
 from ..loading import adapt_channels, load_model
-from ..model import init_variables
+from ..model import init_variables, variable_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,8 @@ def initial_variables(module, config, info):
     Raises:
       InputError: the checkpoint's network is wired in another way, or has nothing for what is to stay as it is.
     """
-    fresh = init_variables(module, seed=config.seed)
     if not config.init_from:
-        return fresh
+        return init_variables(module, seed=config.seed)
     _, stored, known = load_model(config.init_from)
     if known.layout != info.layout:
         raise InputError(
@@ -47,11 +46,13 @@ def initial_variables(module, config, info):
             config.init_from,
             *(STEMS[network.small_stem] for network in (known, info)),
         )
-    fresh, stored = flatten_dict(fresh), flatten_dict(stored)
+    stored = flatten_dict(stored)
     if (known.num_classes, known.classes) != (info.num_classes, info.classes):
         stored = {path: leaf for path, leaf in stored.items() if path[1] != "fc"}
     if known.table != info.table:
-        stored = _fitting(config, stored, fresh, tables=(known.table, info.table))
+        shapes = flatten_dict(variable_shapes(module))
+        stored = _fitting(config, stored, shapes, tables=(known.table, info.table))
+    fresh = flatten_dict(init_variables(module, seed=config.seed))
     begun = {path: np.asarray(stored[path], leaf.dtype) if path in stored else leaf for path, leaf in fresh.items()}
     layers = set(map(_layer_of, fresh))
     anew = _summarize({_layer_of(path) for path in fresh if path not in stored}, layers)
@@ -63,7 +64,7 @@ def initial_variables(module, config, info):
     return jax.tree.map(np.asarray, unflatten_dict(begun))
 
 
-def _fitting(config: TrainConfig, stored: Tensors, fresh: Tensors, *, tables: tuple[Table, Table]) -> Tensors:
+def _fitting(config: TrainConfig, stored: Tensors, shapes: Tensors, *, tables: tuple[Table, Table]) -> Tensors:
     """Return the tensors of those layers that have the same shapes in a checkpoint and in the network to train.
 
     A layer is a convolution with its batch norm; one without the other is of no use. The classifier goes with conv5.
@@ -71,14 +72,14 @@ def _fitting(config: TrainConfig, stored: Tensors, fresh: Tensors, *, tables: tu
     Args:
       config: whose `init_from` names the checkpoint.
       stored: the checkpoint's tensors.
-      fresh: those of the network.
+      shapes: of the network's.
       tables: of both.
     Raises:
       InputError: nothing fits, or not all that is to stay as it is.
     """
     theirs, ours = map(name_of, tables)
-    beyond = {_layer_of(path) for path in stored.keys() - fresh.keys()}
-    misfits = {_layer_of(path) for path in fresh if path not in stored or stored[path].shape != fresh[path].shape}
+    beyond = {_layer_of(path) for path in stored.keys() - shapes.keys()}
+    misfits = {_layer_of(path) for path in shapes if path not in stored or stored[path].shape != shapes[path].shape}
     if ("conv5",) in misfits:
         misfits.add(("fc",))
     fitting = {path: leaf for path, leaf in stored.items() if _layer_of(path) not in misfits | beyond}
