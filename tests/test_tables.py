@@ -162,6 +162,11 @@ def narrow(tensors):
 MEGVII_UNITS = "features.1.", "features.2."  # SMALL's stage3.
 REFUSED = {  # name: (dialect, change, what the error must say)
     "odd": ("torchvision", odd, ["stage2 has 7 channels (stage3.0.branch1.0.weight), an odd number"]),
+    "odd at the end": (
+        "mmpretrain",
+        lambda tensors: wider(tensors, "backbone.layers.3.conv.weight", 1, 1),
+        ["net.pth: stage4 has 15 channels (backbone.layers.3.conv.weight), an odd number"],
+    ),
     "unequal halves": (
         "torchvision",
         unequal,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import torch
 
-from ..architecture import FEATURES, table_settings
+from ..architecture import FEATURES, table_settings, width_of
 from ..config import PREPROCESSING, ModelInfo, Preprocess
 from ..data import normalization
 from ..data.labels import imagenet_classes
@@ -72,8 +72,8 @@ def convert(file: TorchFile, *, dialect: str | None = None, statements: Statemen
     if dialect not in (None, file.dialect):
         raise InputError(f"{file.name} speaks {file.dialect}, not {dialect}; leave `dialect` out or correct it")
     rules = dialects.DIALECTS[file.dialect]
-    module = dialects.module_for(file.tensors, rules)
     try:
+        module = dialects.module_for(file.tensors, rules)
         variables, counts = dialects.from_torch(file.tensors, rules, module)
     except InputError as error:
         raise InputError(f"{file.name}: {error}") from error
@@ -232,6 +232,9 @@ def back_to_torch(module, variables, info, dialect):
         if dialect != "torchvision":
             raise InputError(f"the network has {own}, which {dialect}'s code does not know; choose torchvision")
         logger.warning("the network has %s, which the file cannot say: build it so before you load the weights", own)
+    if width_of(module.table) is None:
+        channels, repeats = map(list, module.table)
+        logger.info("the file fits a network of channels %s and repeats %s: build it so first", channels, repeats)
     tensors = dialects.to_torch(variables, rules, info.source.get("batches_tracked", {}))
     return {key: torch.from_numpy(array) for key, array in tensors.items()}
 

@@ -441,7 +441,8 @@ def _require_fit(column: int, half: Vote, part: str, vote: Vote, expected: int) 
       vote: on that part.
       expected: its channels, which would fit the halves.
     """
-    if vote.tensors < 2 or vote.channels == expected:
+    one_more = part == "all" and vote.channels == expected + 1  # Of stage4 a single tensor says how many leave it.
+    if vote.channels == expected or (vote.tensors < 2 and not one_more):
         return
     stage, seen = COLUMNS[column], f"{vote.channels} channels ({vote.key})"
     if part == "all" and vote.channels % 2:
