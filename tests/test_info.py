@@ -160,7 +160,8 @@ def test_info_as_json_is_what_count_returns(call):
     stages = count(module, 33, 20)
     assert status == 0 and found.pop("total") == total(stages)
     assert found.pop("stages") == [{**stage._asdict(), "output": list(stage.output)} for stage in stages]
-    settings = {"width": 0.5, "layout": "megvii", "num_classes": 7, "in_chans": 1, "small_stem": True}
+    table = {"width": 0.5, "channels": [24, 48, 96, 192, 1024], "repeats": [4, 8, 4]}
+    settings = {**table, "layout": "megvii", "num_classes": 7, "in_chans": 1, "small_stem": True}
     assert found == {**settings, "resolution": [33, 20]}
 
 
