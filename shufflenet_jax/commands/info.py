@@ -36,7 +36,6 @@ COMPARED = {  # heading: the figure
     "parameters": "parameters",
     "multiply-adds": "multiply_adds",
     "activations": "activations",
-    "ms": "milliseconds",
 }
 COMPARED_MEANING = "activations: outputs of convolutions and fc; ms: one image on this machine, median"
 
@@ -87,7 +86,10 @@ def compare(options, given):
     if options.json:
         print(json.dumps({"resolution": [height, width], "networks": rows}))
         return 0
-    cells = [["table", *COMPARED], *([row["name"], *(f"{row[key]:,}" for key in COMPARED.values())] for row in rows)]
+    cells = [["table", *COMPARED, "ms"]]
+    cells += [
+        [row["name"], *(f"{row[key]:,}" for key in COMPARED.values()), f"{row['milliseconds']:.2f}"] for row in rows
+    ]
     print(f"{modules[0].layout} layout, for an image of {height} x {width} x {modules[0].in_chans}")
     print(*in_columns(cells), COMPARED_MEANING, sep="\n")
     return 0
