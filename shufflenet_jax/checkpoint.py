@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from . import parallel
-from .architecture import name_of, resolve_table
 from .config import ModelInfo
 from .errors import InputError
 from .files import path_of, read_file, refused_write, require_plain, written_aside
@@ -34,8 +32,8 @@ METRICS = "metrics"  # Orbax's folder in a numbered checkpoint, and the file in 
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint, which has our hashes too.
 # What the system reports where nothing is wrong with a file's content.
 NO_DAMAGE = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)))
-TABLE = ("width", "channels", "repeats")
-FIXED = ("layout", "small_stem", "num_classes", "in_chans", "conv5")  # What, beside the table, no setting changes.
+# What no setting changes in a file.
+FIXED = ("width", "channels", "repeats", "layout", "small_stem", "num_classes", "in_chans", "conv5")
 
 
 class DamagedError(InputError):
@@ -167,24 +165,15 @@ def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNet
     Raises:
       InputError: a setting contradicts the weights.
     """
-    wrong = {
-        name: getattr(info, name) for name in FIXED if settings.get(name, getattr(info, name)) != getattr(info, name)
-    }
-    table = {name: settings.pop(name) for name in TABLE if name in settings}
-    if table and resolve_table(**_table_with(info, table)) != info.table:
-        wrong |= dict.fromkeys(table, name_of(info.table, conv5=info.conv5))
-    for name, stored in wrong.items():
-        raise InputError(
-            f"{name} is {(table | settings)[name]}, but the weights in {path} have {stored}; leave {name} out, or give "
-            "another checkpoint"
-        )
+    written = info.table._asdict()
+    for name in FIXED:
+        given, stored = settings.get(name), written.get(name, getattr(info, name))
+        if given is not None and (tuple(given) if isinstance(given, list) else given) != stored:
+            raise InputError(
+                f"{name} is {given}, but the weights in {path} have {stored}; leave {name} out, or give another "
+                "checkpoint"
+            )
     return module_of(info, **settings)
-
-
-def _table_with(info: ModelInfo, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `resolve_table` for a ModelInfo in which some of them are given."""
-    base = {name: None if "width" in given else getattr(info, name) for name in TABLE}
-    return base | given
 
 
 def require_sound(path, variables, info):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, figures_of
-from small_training import few_units, interrupted
+from small_training import TINY_TABLE, interrupted
 
 from shufflenet_jax import checkpoint, parallel
 from shufflenet_jax.commands import evaluate, train
@@ -23,15 +23,9 @@ from shufflenet_jax.training import loop
 RUN = (
     *("--config", "digits", "--image-size", "8", "--epochs", "2", "--eval-every", "1", "--log-every", "5"),
     *("--dtype", "float64", "--learning-rate", "1e-4", "--bn-group-size", "16", "--ema-decay", "0.9", "--keep", "5"),
-    *("--batch-size", "128", "--lowering", "reference"),  # Few steps, compiled sooner.
+    *("--batch-size", "128", "--lowering", "reference", *TINY_TABLE),  # Few steps, compiled sooner.
 )
 LAST = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with few_units():
-        yield
 
 
 @pytest.fixture(scope="module")

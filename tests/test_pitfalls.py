@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from small_training import few_units
+from small_training import TINY_TABLE, few_units
 
 from shufflenet_jax.batch_groups import Epoch, plan_batch
 from shufflenet_jax.commands import evaluate, train
@@ -97,7 +97,7 @@ def put_images(root, counts):
     return root
 
 
-TRAINING = ("--config", "digits", "--image-size", 16, "--lowering", "reference")
+TRAINING = ("--config", "digits", "--image-size", 16, "--lowering", "reference", *TINY_TABLE)
 
 
 def test_a_training_warns_at_its_start_and_in_its_log(tmp_path, call):

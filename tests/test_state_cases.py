@@ -10,12 +10,24 @@ import pytest
 import torch
 from conftest import ROOT, lively_network
 from PIL import Image
-from small_training import few_units
+from small_training import TINY_TABLE, few_units
 
 from shufflenet_jax.commands import from_torch, info, prepare, train
 from shufflenet_jax.errors import InputError
 
-DIGITS = ("--config", "digits", "--image-size", 16, "--batch-size", 8, "--lowering", "reference", "--steps", 1)
+DIGITS = (
+    "--config",
+    "digits",
+    "--image-size",
+    16,
+    "--batch-size",
+    8,
+    "--lowering",
+    "reference",
+    "--steps",
+    1,
+    *TINY_TABLE,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

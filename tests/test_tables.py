@@ -266,8 +266,9 @@ def stored(tmp_path_factory):
 def test_trained_weights_keep_their_table(stored, tmp_path):
     module, _ = snet.load(stored)
     assert module.table == SMALL and module.num_classes == 3
-    with pytest.raises(InputError, match=r"its own table alone; leave channels, width out"):
-        snet.load(stored, channels=OWN.channels, width=1.0)
+    assert snet.load(stored, channels=list(SMALL.channels), repeats=SMALL.repeats)[0].table == SMALL
+    with pytest.raises(InputError, match=r"channels is .* have \(4, 6, 10, 14, 9\); leave channels out"):
+        snet.load(stored, channels=OWN.channels)
     assert load_model(publish_to(tmp_path, stored))[0].table == SMALL
     assert "| ShuffleNetV2 4,6,10,14,9/1,2,1, torchvision layout |" in next(tmp_path.glob("own-*/*.md")).read_text()
 

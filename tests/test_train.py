@@ -13,7 +13,7 @@ import pytest
 from conftest import figures_of
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
-from small_training import few_units, interrupted
+from small_training import TINY_TABLE, few_units, interrupted
 from tensorboardX.proto import event_pb2
 
 from shufflenet_jax import __main__, checkpoint
@@ -123,7 +123,7 @@ def test_plot_draws_the_curves_again(trained, tmp_path, call, refused):
 
 def test_a_network_learns_from_a_teacher_with_weighted_classes_and_recalibrates(trained, tmp_path, call, refused):
     np.savetxt(tmp_path / "weights.txt", np.linspace(0.5, 1.5, 10))
-    argv = (*SMALL, "--steps", 3, "--recalibrate", 1, "--width", 1.0, "--teacher", trained)
+    argv = (*SMALL, "--steps", 3, "--recalibrate", 1, *TINY_TABLE, "--teacher", trained)
     argv += ("--class-weights", tmp_path / "weights.txt", "--scale-lr-from", 128)
     status, _, told = call(train.main, *argv, "--workdir", tmp_path / "run")
     assert status == 0 and "3 steps and 1 for the running statistics" in told
@@ -411,7 +411,20 @@ def test_a_folder_that_is_no_training_is_left_alone(ten_classes, tmp_path, refus
 
 
 def test_a_run_that_is_not_finite_names_its_last_checkpoint_and_without_one_may_change_its_settings(tmp_path):
-    argv = (*SMALL, "--batch-size", 480, "--epochs", 2, "--eval-every", 1, "--log-every", 1, "--learning-rate", 1e30)
+    argv = (
+        *SMALL,
+        *TINY_TABLE,
+        "--batch-size",
+        480,
+        "--epochs",
+        2,
+        "--eval-every",
+        1,
+        "--log-every",
+        1,
+        "--learning-rate",
+        1e30,
+    )
     argv += ("--workdir", tmp_path / "run")
     with pytest.raises(InputError, match=r"not finite at step .*; no checkpoint was saved yet"):
         train.main(list(map(str, argv)))
