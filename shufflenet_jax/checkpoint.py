@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,7 +254,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _abandoned_work_silent():
-    """Keeps TensorStore from printing a traceback for each read or write that was under way when another one failed.
+    """Keeps Orbax and TensorStore from printing something for each read or write under way when another one failed.
 
     They end whenever they like, so after a failure the silence stays; all else is reported as before.
     """
@@ -264,7 +265,11 @@ def _abandoned_work_silent():
             before(unraisable)
 
     sys.unraisablehook = report
-    yield
+    try:
+        yield
+    except BaseException:
+        warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited", category=RuntimeWarning)
+        raise
     sys.unraisablehook = before
 
 

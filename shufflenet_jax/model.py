@@ -164,8 +164,6 @@ class ShuffleNetV2(nn.Module):
     """
 
     width: float | None = 1.0  # A key of architecture.TABLES: the column of the paper's table 5.
-    channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5, instead of the width's.
-    repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4, instead of the width's.
     num_classes: int = 1000  # 0 leaves the classifier out: logits are None.
     in_chans: int = 3
     layout: str = "torchvision"  # Or "megvii", the wiring of the authors' own release.
@@ -178,9 +176,9 @@ class ShuffleNetV2(nn.Module):
     frozen: tuple[
         str, ...
     ] = ()  # Layers and stages whose batch norm predicts in training too, like ("conv1", "stage2").
-    initial: Initialization = (
-        "mmpretrain"  # Whose initial weights: "pytorch" are those that torchvision's networks begin with.
-    )
+    initial: Initialization = "mmpretrain"  # "pytorch": the weights that torchvision's networks begin with.
+    channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5, instead of the width's.
+    repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4, instead of the width's.
 
     def __post_init__(self) -> None:
         for name in ("channels", "repeats"):  # Lists, as torchvision's constructor takes them, have no hash.

@@ -174,7 +174,7 @@ def test_names_folders_addresses_and_stdin_go_together(mixed, ten_classes, tmp_p
         f"{address}/a b.jpg": "cannot be fetched",
         f"{root}/gone.jpg": "No such file",
         "~nobody-of-this-name/a.jpg": "cannot be read",
-        "?.jpg": "No such file",
+        r"\udcff.jpg": "No such file",
         "null\0.jpg": "cannot be read",
     }
     assert_told(stderr, told)
