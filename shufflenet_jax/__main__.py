@@ -41,9 +41,7 @@ def main(argv: Sequence[str]) -> int | None:
             description=f"commands:\n{commands}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.add_argument(
-            "command", choices=COMMANDS, metavar="COMMAND", help="one of these; COMMAND --help tells more"
-        )
+        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of these; see COMMAND --help")
         options = parser.parse_args(argv[:1])
         # Only what the command needs is imported: the libraries take seconds.
         module = importlib.import_module(f".commands.{COMMANDS[options.command][0]}", __package__)

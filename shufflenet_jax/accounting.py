@@ -109,7 +109,7 @@ def total(stages):
 def measure_milliseconds(modules: Sequence[ShuffleNetV2], height: int, width: int) -> list[float]:
     """Time networks on this machine in the form in which they predict fastest, one image a call.
 
-    They run in turn, so that other work on the machine slows all of them alike. Their weights are random.
+    Their calls alternate, so other work on the machine slows all of them alike. Their weights are random.
 
     Args:
       modules: the networks.

@@ -16,6 +16,7 @@ FEATURES = (*COLUMNS, "pooled")  # The outputs that a network returns beside its
 Layout = Literal["torchvision", "megvii"]  # How units are wired; "megvii" is the authors' own release.
 LAYOUTS = get_args(Layout)
 MOST_CHANNELS, MOST_UNITS = 10_000, 100  # Of a layer, and of a stage: far beyond any use.
+TABLE_FIELDS = ("width", "channels", "repeats")  # By which settings, modules and model.json describe a table.
 
 
 class Table(NamedTuple):
@@ -72,8 +73,7 @@ def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
 def table_settings(table: Table) -> dict[str, Any]:
     """Return {"width", "channels", "repeats"} of a table: a published one by its width alone, others without width."""
     width = width_of(table)
-    own = width is None
-    return {"width": width, "channels": table.channels if own else None, "repeats": table.repeats if own else None}
+    return dict(zip(TABLE_FIELDS, (None, *table) if width is None else (width, None, None), strict=True))
 
 
 def width_of(table: Table) -> float | None:

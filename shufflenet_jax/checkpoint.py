@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from . import parallel
+from .architecture import TABLE_FIELDS
 from .config import ModelInfo
 from .errors import InputError
 from .files import path_of, read_file, refused_write, require_plain, written_aside
@@ -34,7 +35,7 @@ STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint,
 # What the system reports where nothing is wrong with a file's content.
 NO_DAMAGE = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)))
 # What no setting changes in a file.
-FIXED = ("width", "channels", "repeats", "layout", "small_stem", "num_classes", "in_chans", "conv5")
+FIXED = (*TABLE_FIELDS, "layout", "small_stem", "num_classes", "in_chans", "conv5")
 
 
 class DamagedError(InputError):
@@ -43,8 +44,7 @@ class DamagedError(InputError):
 
 def module_of(info, **settings):
     """The ShuffleNetV2 that a ModelInfo describes, with settings like `dtype` and `lowering`."""
-    names = ("width", "channels", "repeats", "num_classes", "in_chans", "layout", "small_stem", "conv5", "dropout")
-    return ShuffleNetV2(**{name: getattr(info, name) for name in names} | settings)
+    return ShuffleNetV2(**{name: getattr(info, name) for name in (*FIXED, "dropout")} | settings)
 
 
 def save_model(directory, info, variables, *, overwrite=False):

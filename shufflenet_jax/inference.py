@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from .architecture import TABLES
+from .architecture import TABLE_FIELDS, TABLES
 from .checkpoint import module_of
 from .config import ModelInfo
 from .data import geometry
@@ -23,8 +23,6 @@ from .loading import adapt_channels, load_model
 from .model import ShuffleNetV2, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
-
-TABLE_SETTINGS = {"width", "channels", "repeats"}  # Fields of ShuffleNetV2 that make another network.
 
 
 class Model:
@@ -158,7 +156,7 @@ def get_model(
       InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
     """
     if str(name) in PUBLISHED and not pretrained:
-        table = {field: settings.pop(field) for field in TABLE_SETTINGS & settings.keys()}
+        table = {field: settings.pop(field) for field in TABLE_FIELDS if field in settings}
         info = dataclasses.replace(published_info(str(name)), **table)
         module = module_of(info, **settings)
         variables = init_variables(module, seed=seed)

@@ -20,15 +20,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_training import few_units
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from shufflenet_jax import published
+from shufflenet_jax import checkpoint, published
 from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.commands import from_torch
 from shufflenet_jax.commands.console import run
+from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
 from shufflenet_jax.files import hash_of
+from shufflenet_jax.model import variable_shapes
 from shufflenet_jax.porting import dialects, reference
 
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
@@ -88,6 +91,31 @@ def convert_network(network, dialect):
     tensors = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
     module = dialects.module_for(tensors, rules)
     return module, dialects.from_torch(tensors, rules, module)[0]
+
+
+@pytest.fixture(scope="module")
+def three_units():
+    """Networks have a unit in each stage throughout the module."""
+    with few_units(stage2=1):
+        yield
+
+
+GREY = ModelInfo(width=0.5, layout="torchvision", num_classes=3, preprocess=DIGITS_EVAL, in_chans=1)
+
+
+@pytest.fixture(scope="module")
+def variables(three_units):
+    """Variables of the network that GREY describes; random, so that they do not compress."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), variable_shapes(checkpoint.module_of(GREY)))
+
+
+@pytest.fixture(scope="module")
+def weights(three_units, tmp_path_factory):
+    """A PyTorch file of a random 0.5x network."""
+    path = tmp_path_factory.mktemp("weights") / "net.pth"
+    torch.save(lively_network("torchvision").state_dict(), path)
+    return path
 
 
 @pytest.fixture

@@ -9,46 +9,22 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, lively_network
+from conftest import GREY, ROOT
 from numpy.testing import assert_array_equal
 from PIL import Image
-from small_training import few_units
 
 import shufflenet_jax as snet
 from shufflenet_jax import checkpoint
 from shufflenet_jax.commands import export, info, predict, prepare
-from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
 from shufflenet_jax.data.archives import plain_tar
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.files import hash_of
-from shufflenet_jax.model import variable_shapes
 from shufflenet_jax.training.logs import MetricsLog
 
-INFO = ModelInfo(width=0.5, layout="torchvision", num_classes=3, preprocess=DIGITS_EVAL, in_chans=1)
+pytestmark = pytest.mark.usefixtures("three_units")
+
 ROOM = 4_000_000  # Bytes of the small disk: a checkpoint of the small network, saved twice, has 2.1 MB.
 ITEMS = (checkpoint.VARIABLES, checkpoint.OPTIMIZER)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with few_units(stage2=1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def variables(small_networks):
-    """Variables of the network that INFO describes; random, so that they do not compress."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), variable_shapes(checkpoint.module_of(INFO)))
-
-
-@pytest.fixture(scope="module")
-def weights(small_networks, tmp_path_factory):
-    """A PyTorch file of a random 0.5x network."""
-    path = tmp_path_factory.mktemp("weights") / "net.pth"
-    torch.save(lively_network("torchvision").state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -97,9 +73,9 @@ unwritable = pytest.mark.parametrize("state", STATES, ids=lambda state: state.__
 @unwritable
 def test_a_model_that_cannot_be_written_leaves_the_one_before(state, disk, variables):
     """Replace nothing, and leave nothing half-written."""
-    checkpoint.save_model(disk / "model", INFO, variables)
+    checkpoint.save_model(disk / "model", GREY, variables)
     with state(disk), pytest.raises(InputError, match=f"model cannot be written: {STATES[state]}"):
-        checkpoint.save_model(disk / "model", INFO, variables, overwrite=True)
+        checkpoint.save_model(disk / "model", GREY, variables, overwrite=True)
     assert os.listdir(disk) == ["model"]
     jax.tree.map(assert_array_equal, checkpoint.load_directory(disk / "model")[1], variables)
 
@@ -225,14 +201,14 @@ def test_files_that_were_cut_are_damaged(variables, tmp_path):
 )
 def test_an_argument_that_contradicts_the_weights_is_named(contradiction, weights, variables, tmp_path):
     """Blame the argument, and not the file, in each form of a checkpoint."""
-    checkpoint.save_model(tmp_path / "model", INFO, variables)
+    checkpoint.save_model(tmp_path / "model", GREY, variables)
     name = next(iter(contradiction))
     for place in (tmp_path / "model", weights):
         with pytest.raises(InputError, match=f"{name} is .*, but the weights in .* have .*; leave {name} out"):
             snet.get_model(place, True, **contradiction)
         with pytest.raises(InputError, match=f"leave {name} out"):
             snet.load(place, **contradiction)
-    own = {name: getattr(INFO, name) for name in contradiction}
+    own = {name: getattr(GREY, name) for name in contradiction}
     assert snet.get_model(tmp_path / "model", **own).info.num_classes == 3
 
 

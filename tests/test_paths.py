@@ -5,10 +5,9 @@ import os
 import jax
 import numpy as np
 import pytest
-from conftest import figures_of
+from conftest import GREY, figures_of
 from numpy.testing import assert_array_equal
 from PIL import Image
-from small_training import few_units
 
 from shufflenet_jax import checkpoint
 from shufflenet_jax.commands import (
@@ -24,12 +23,12 @@ from shufflenet_jax.commands import (
     train,
     verify,
 )
-from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.evaluation.predictions import read_predictions
 from shufflenet_jax.files import path_of, written_aside
-from shufflenet_jax.model import variable_shapes
+
+pytestmark = pytest.mark.usefixtures("three_units")
 
 NO_TEXT = os.fsdecode(b"caf\xe9")  # In Latin-1, which is no UTF-8.
 NAMES = [
@@ -46,22 +45,8 @@ NAMES = [
     NO_TEXT,
     "x" * 240,
 ]
-INFO = ModelInfo(width=0.5, layout="torchvision", num_classes=3, preprocess=DIGITS_EVAL, in_chans=1)
 
 named = pytest.mark.parametrize("name", NAMES, ids=ascii)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with few_units(stage2=1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def variables(small_networks):
-    """Variables of the network that INFO describes."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), variable_shapes(checkpoint.module_of(INFO)))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +65,7 @@ def images(tmp_path_factory):
 def test_a_model_directory_is_read_by_the_name_that_it_was_written_under(name, variables, tmp_path):
     """Write twice, so that a model is also replaced."""
     for overwrite in (False, True):
-        checkpoint.save_model(tmp_path / name, INFO, variables, overwrite=overwrite)
+        checkpoint.save_model(tmp_path / name, GREY, variables, overwrite=overwrite)
         read = checkpoint.load_directory(tmp_path / name)[1]
         jax.tree.map(assert_array_equal, read, variables)
     assert os.listdir(tmp_path) == [name]
@@ -90,7 +75,7 @@ def test_a_model_directory_is_read_by_the_name_that_it_was_written_under(name, v
 def test_the_checkpoints_of_a_training_are_read_by_the_name_of_its_workdir(name, variables, tmp_path):
     """Read them as a model, and to resume."""
     (tmp_path / name).mkdir()
-    (tmp_path / name / checkpoint.INFO).write_text(INFO.to_json())
+    (tmp_path / name / checkpoint.INFO).write_text(GREY.to_json())
     with checkpoint.TrainingCheckpoints(tmp_path / name) as checkpoints:
         checkpoints.save(3, {checkpoint.VARIABLES: variables}, {"top1": 50.0})
     jax.tree.map(assert_array_equal, checkpoint.load_directory(tmp_path / name)[1], variables)

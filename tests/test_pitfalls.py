@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from small_training import TINY_TABLE, few_units
+from small_training import TINY_TABLE
 
 from shufflenet_jax.batch_groups import Epoch, plan_batch
 from shufflenet_jax.commands import evaluate, train
@@ -13,13 +13,9 @@ from shufflenet_jax.data.sources import Source
 from shufflenet_jax.recipes import PRESETS
 from shufflenet_jax.training.pitfalls import warn_of_collapse, warn_of_pitfalls
 
+pytestmark = pytest.mark.usefixtures("three_units")
+
 CONFIG = dataclasses.replace(PRESETS["digits"], batch_size=10, learning_rate=0.5, epochs=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with few_units(stage2=1):
-        yield
 
 
 def source_of(*labels, classes=("cat", "dog", "owl"), **settings):

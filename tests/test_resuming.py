@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import workdir_changes
 from numpy.testing import assert_array_equal
-from small_training import few_units
 
 from shufflenet_jax import checkpoint
 from shufflenet_jax.commands import info, to_torch, train
@@ -19,6 +18,8 @@ from shufflenet_jax.data import fingerprint, sources
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("three_units")
+
 # Refusals take a moment; of what continues, and so compiles, one each of the same and of accepted data. Older workdirs
 # are those of test_compatibility.py.
 CONTINUED = ("another path", "a removed evaluation image, accepted")
@@ -27,12 +28,6 @@ QUICK = [
     for name, change in workdir_changes.CHANGES.items()
     if change.base == "stopped" and (not change.resumes or name in CONTINUED)
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with few_units(stage2=1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,41 +7,19 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from conftest import ROOT, lively_network
+from conftest import ROOT
 from PIL import Image
-from small_training import TINY_TABLE, few_units
+from small_training import TINY_TABLE
 
 from shufflenet_jax.commands import from_torch, info, prepare, train
 from shufflenet_jax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("three_units")
+
 DIGITS = (
-    "--config",
-    "digits",
-    "--image-size",
-    16,
-    "--batch-size",
-    8,
-    "--lowering",
-    "reference",
-    "--steps",
-    1,
-    *TINY_TABLE,
+    *("--config", "digits", "--image-size", 16, "--batch-size", 8),
+    *("--lowering", "reference", "--steps", 1, *TINY_TABLE),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with few_units(stage2=1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A PyTorch file of a random 0.5x network."""
-    path = tmp_path_factory.mktemp("weights") / "net.pth"
-    torch.save(lively_network("torchvision").state_dict(), path)
-    return path
 
 
 # Paths with special characters

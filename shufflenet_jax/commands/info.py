@@ -5,19 +5,24 @@ import json
 import re
 
 from ..accounting import count, measure_milliseconds, total
-from ..architecture import LAYOUTS, TABLES, name_of, resolve_table, table_settings, width_of
+from ..architecture import LAYOUTS, TABLE_FIELDS, TABLES, name_of, resolve_table, table_settings, width_of
 from ..config import MOST
 from ..errors import InputError
 from ..loading import load_model
 from ..model import ShuffleNetV2, describe
-from .parsing import CommandLine, numbers
+from .parsing import CommandLine, numbers, require_width_or_channels
 
 DESCRIPTION = (
     "Show parameters, multiply-adds, activations, receptive field and output of each stage, for one image; with "
     "--compare the sums of several networks, and how long each takes here."
 )
-TABLE = {"width": 1.0, "channels": None, "repeats": None}
-DEFAULTS = {**TABLE, "layout": "torchvision", "num_classes": 1000, "in_chans": 3, "small_stem": False}
+DEFAULTS = {
+    **table_settings(TABLES[1.0]),
+    "layout": "torchvision",
+    "num_classes": 1000,
+    "in_chans": 3,
+    "small_stem": False,
+}
 SIDE = 224
 COLUMNS = {  # heading: the field of a Stage
     "parameters": "parameters",
@@ -43,8 +48,7 @@ COMPARED_MEANING = "activations: outputs of convolutions and fc; ms: one image o
 def main(argv):
     options = parse(argv)
     given = {name: value for name in DEFAULTS if (value := getattr(options, name)) is not None}
-    if given.keys() >= {"width", "channels"}:
-        raise InputError("--channels describes the network instead of --width; leave one of both out")
+    require_width_or_channels(options)
     if options.compare is not None:
         return compare(options, given)
     resolution = options.resolution
@@ -71,7 +75,7 @@ def main(argv):
 
 def compare(options, given):
     """Print what networks of several tables cost, a row each."""
-    taken = [name for name in (*TABLE, "checkpoint") if getattr(options, name) is not None]
+    taken = [name for name in (*TABLE_FIELDS, "checkpoint") if getattr(options, name) is not None]
     if taken:
         raise InputError(f"--compare names the tables itself; leave out {', '.join(f'--{name}' for name in taken)}")
     height, width = options.resolution or (SIDE, SIDE)

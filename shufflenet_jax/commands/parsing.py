@@ -57,6 +57,12 @@ def numbers(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 4,8,4") from error
 
 
+def require_width_or_channels(options):
+    """Raise InputError if a command line describes the network twice."""
+    if options.width is not None and options.channels is not None:
+        raise InputError("--channels describes the network instead of --width; leave one of both out")
+
+
 def positive_integer(text):
     """Read a number from 1 up, for `type=`."""
     value = int(text)

@@ -17,7 +17,7 @@ from ..training.curves import plot_schedule
 from ..training.loop import describe_run, train
 from ..training.schedule import count_steps, count_warmup, make_schedule, peak_rate
 from .console import speak_as
-from .parsing import CommandLine, add_process_options, numbers
+from .parsing import CommandLine, add_process_options, numbers, require_width_or_channels
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
 
@@ -41,8 +41,7 @@ def parse(argv):
     for option in ("--channels", "--repeats"):
         first.add_argument(option, type=numbers)
     given = first.parse_known_args(argv)[0]
-    if given.channels and given.width:
-        raise InputError("--channels describes the network instead of --width; leave one of both out")
+    require_width_or_channels(given)
     name = given.config
     parser = Parser(
         prog="train.py",

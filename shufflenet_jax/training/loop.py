@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checkpoint, parallel, progress
-from ..architecture import name_of
+from ..architecture import TABLE_FIELDS, name_of
 from ..batch_groups import Epoch
 from ..config import ModelInfo, TrainConfig
 from ..data.fingerprint import take_fingerprint
@@ -223,7 +223,7 @@ def _notes_on_names(config: TrainConfig, train: Source, evaluated: Source) -> tu
 
 def describe_model(config, source):
     """The model.json of the network that a run trains."""
-    names = ("width", "channels", "repeats", "layout", "small_stem", "dropout")
+    names = (*TABLE_FIELDS, "layout", "small_stem", "dropout")
     return ModelInfo(
         **{name: getattr(config, name) for name in names},
         in_chans=config.preprocess.channels,
