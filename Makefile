@@ -3,18 +3,34 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+# A constraint file, like constraints-3.11.txt, makes an environment with just those versions; without one pip chooses.
+PINS ?=
+INSTALL = -m pip install --quiet $(if $(PINS),-c $(PINS))
 
-.PHONY: demo test prove lint audit clean
+# The newest Python here, on which the core is tested: without PyTorch and ONNX, and with the newest JAX.
+NEWEST ?= $(firstword $(foreach minor,14 13 12 11,$(if $(shell python3.$(minor) -c 'print(1)' 2>&1 | grep -x 1),python3.$(minor))))
+NEWEST_VENV := .venv-newest
+# The files of tests that need no package of an extra.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+	augment compatibility config data decoding files hosts installation jpeg parallel resuming survey workdir))
+
+.PHONY: demo test test-newest prove lint audit constraints clean
 .DELETE_ON_ERROR:
 
-$(VENV)/demo.stamp: requirements.txt
+$(VENV)/demo.stamp: requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed; name one with PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python $(INSTALL) -r requirements.txt
+	$(BIN)/python $(INSTALL) --no-deps -e .
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp tests/requirements.txt
-	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
+	$(BIN)/python $(INSTALL) -r tests/requirements.txt
+	@touch $@
+
+$(NEWEST_VENV)/test.stamp: pyproject.toml tests/requirements.txt
+	$(NEWEST) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python $(INSTALL) -e . -r tests/requirements.txt
 	@touch $@
 
 # Trains on the digits inside scikit-learn from the beginning, then evaluates the best checkpoint.
@@ -25,6 +41,9 @@ demo: $(VENV)/demo.stamp
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-newest: $(NEWEST_VENV)/test.stamp
+	$(NEWEST_VENV)/bin/python -m pytest $(CORE_TESTS)
 
 # The long proofs, some two hours; SHARE=0.1 runs a tenth of them.
 prove: export SHARE ?= 1
@@ -43,5 +62,10 @@ audit: $(VENV)/test.stamp
 	$(BIN)/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audit/installed.txt
 	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/audit/installed.txt
 
+# Writes the versions of both environments into the constraint files; `make clean` before it lets pip choose anew.
+constraints: $(VENV)/test.stamp $(NEWEST_VENV)/test.stamp
+	(echo '# Written by `make constraints`.'; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//') > constraints-3.11.txt
+	(echo '# Written by `make constraints`.'; $(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable) > constraints-newest.txt
+
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(NEWEST_VENV) .cache runs

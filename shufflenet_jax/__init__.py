@@ -11,6 +11,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .installation import require_system
+
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .environment import enable_compilation_cache
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
     from .recipes import PRESETS
     from .training.loop import TrainResult, train
 
+__version__ = "0.1.0"  # pyproject.toml reads it here.
 __all__ = [
     "PRESETS",
     "Model",
     "ShuffleNetV2",
     "TrainConfig",
     "TrainResult",
+    "__version__",
     "enable_compilation_cache",
     "get_model",
     "inference_model",
@@ -51,6 +55,7 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     # The libraries take seconds to import: only what is asked for is.
     if name in _PLACES:
+        require_system()
         return getattr(import_module(f".{_PLACES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -76,6 +81,7 @@ def load(
     Raises:
       InputError: a ValueError whose message is one line; nothing usable lies there, or it cannot be changed so.
     """
+    require_system()
     from .inference import get_model
 
     model = get_model(checkpoint, True, num_classes=num_classes, in_chans=in_chans, **settings)

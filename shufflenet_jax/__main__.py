@@ -10,6 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from .errors import InputError
+from .installation import require_system
+
 COMMANDS = {  # name: (module with main(argv), what it does)
     "train": ("train", "train a preset"),
     "eval": ("evaluate", "evaluate a checkpoint"),
@@ -32,11 +35,11 @@ def main(argv: Sequence[str]) -> int | None:
         import argparse
         import importlib
 
-        from .commands.parsing import CommandLine
+        from .commands.parsing import CommandLine, program
 
         commands = "\n".join(f"  {name:14}{meaning}" for name, (_, meaning) in COMMANDS.items())
         parser = CommandLine(
-            prog="shufflenet-jax",
+            prog=program(),
             usage="%(prog)s COMMAND [options]",
             description=f"commands:\n{commands}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,6 +53,11 @@ def main(argv: Sequence[str]) -> int | None:
 
 def entry(*words: str) -> int:
     """Run a command as a process: the words and those of the command line; return its exit status."""
+    try:
+        require_system()
+    except InputError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
     with interrupts_quiet():
         from .commands.console import run
     return run(main, [*words, *sys.argv[1:]])

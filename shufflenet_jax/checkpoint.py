@@ -27,7 +27,7 @@ from .architecture import TABLE_FIELDS
 from .config import ModelInfo
 from .errors import InputError
 from .files import path_of, read_file, refused_write, require_plain, written_aside
-from .model import ShuffleNetV2, variable_shapes
+from .model import SETTINGS, ShuffleNetV2, variable_shapes
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
 METRICS = "metrics"  # Orbax's folder in a numbered checkpoint, and the file in it.
@@ -43,7 +43,14 @@ class DamagedError(InputError):
 
 
 def module_of(info, **settings):
-    """The ShuffleNetV2 that a ModelInfo describes, with settings like `dtype` and `lowering`."""
+    """The ShuffleNetV2 that a ModelInfo describes, with settings like `dtype` and `lowering`.
+
+    Raises:
+      InputError: there is no such setting, or it cannot have this value.
+    """
+    unknown = settings.keys() - set(SETTINGS)
+    if unknown:
+        raise InputError(f"there is no setting {', '.join(sorted(unknown))}; a network has {', '.join(SETTINGS)}")
     return ShuffleNetV2(**{name: getattr(info, name) for name in (*FIXED, "dropout")} | settings)
 
 

@@ -6,6 +6,7 @@ The published preprocessing follows the evaluation code of MMPretrain, torchvisi
 import dataclasses
 import json
 import math
+import numbers
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +20,23 @@ def _require_types(what, settings):
     for name, kind in typing.get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if not _has_type(value, kind):
-            raise InputError(f"{what} has {name} = {value!r}, which cannot be")
+            raise InputError(f"{what} has {name} = {value!r}, which cannot be: it must be {_describe_type(kind)}")
+
+
+def _describe_type(kind: Any) -> str:
+    """Return a type in words: "int", "str or None", "one of exact, fast"."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple of {_describe_type(arguments[0])}"
+    return " or ".join(map(_describe_type, arguments)) or ("None" if kind is type(None) else kind.__name__)
+
+
+def require_whole_number(name: str, value: Any, least: int) -> None:
+    """Raise InputError unless a value is a whole number of at least so much; NumPy's count too."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}, but must be {least} or more, a whole number")
 
 
 def _has_type(value, kind):
@@ -352,7 +369,9 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
+        if isinstance(self.lowering, str):
+            object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
+        _require_types("TrainConfig", self)
         counts = (
             "epochs",
             "batch_size",

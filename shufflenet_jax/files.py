@@ -72,7 +72,7 @@ def path_of(name: str | Path) -> Path:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, RuntimeError) as error:  # The last of ~NAME where there is no such user.
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # The last of ~NAME where there is no such user.
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(name)[:MOST_SHOWN]} cannot be read or written: {reason}; correct the name") from error
     return path

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .architecture import TABLE_FIELDS, TABLES
 from .checkpoint import module_of
-from .config import ModelInfo
+from .config import ModelInfo, require_whole_number
 from .data import geometry
 from .data.labels import class_name, imagenet_classes
 from .deploy import compile_deployed, deploy
@@ -20,7 +20,7 @@ from .errors import InputError
 from .files import path_of, read_file
 from .forward import forward
 from .loading import adapt_channels, load_model
-from .model import ShuffleNetV2, init_variables
+from .model import ShuffleNetV2, describe, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
 
@@ -36,6 +36,10 @@ class Model:
 
     def __init__(self, module: ShuffleNetV2, variables: Any, info: ModelInfo) -> None:
         self.module, self.variables, self.info = module, variables, info
+
+    def __repr__(self) -> str:
+        side, channels = self.info.preprocess.crop, self.info.in_chans
+        return f"<Model: ShuffleNetV2 {describe(self.module)}, for images of {side} x {side} x {channels}>"
 
     def __call__(self, images: Any) -> jax.Array:
         """Logits (B, num_classes) of images (B, H, W, C): uint8 in RGB or grey from `preprocess`, or floats as the
@@ -155,6 +159,7 @@ def get_model(
     Raises:
       InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
     """
+    require_whole_number("seed", seed, 0)
     if str(name) in PUBLISHED and not pretrained:
         table = {field: settings.pop(field) for field in TABLE_FIELDS if field in settings}
         info = dataclasses.replace(published_info(str(name)), **table)
@@ -165,6 +170,8 @@ def get_model(
     num_classes = info.num_classes if num_classes is None else num_classes
     in_chans = info.in_chans if in_chans is None else in_chans
     conv5 = info.conv5 if conv5 is None else conv5
+    require_whole_number("num_classes", num_classes, 0)
+    require_whole_number("in_chans", in_chans, 1)
     if (num_classes, in_chans, conv5) == (info.num_classes, info.in_chans, info.conv5):
         return Model(module, variables, info)
     return _adapted(module, variables, info, num_classes, in_chans, conv5, seed)
@@ -185,10 +192,6 @@ def published_info(name: str) -> ModelInfo:
 
 def _adapted(module, variables, info, num_classes, in_chans, conv5, seed):
     """The Model with another classifier or first convolution, or without conv5."""
-    if in_chans < 1:
-        raise InputError(f"in_chans is {in_chans}, but must be 1 or more")
-    if num_classes < 0:
-        raise InputError(f"num_classes is {num_classes}, but must be 1 or more, or 0 for no classifier")
     if conv5 and not info.conv5:
         raise InputError("the network ends with stage4, and no weights of conv5 are there; leave conv5 out")
     if num_classes and not conv5:

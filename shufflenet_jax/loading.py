@@ -12,7 +12,8 @@ from .config import Preprocess
 from .errors import InputError
 from .exports.tensors import read_safetensors
 from .files import UnwritableError, cache_dir, hash_of, locked, path_of
-from .published import PUBLISHED, file_of
+from .installation import require_packages
+from .published import PUBLISHED, file_of, is_at_hand
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tup
 
 def _load_published(name, ema, settings):
     """Load a published file, which is downloaded on first use; without a cache it stays in memory."""
+    if not is_at_hand(name):
+        require_packages("torch")  # Before a download that could not be converted.
     try:
         path = file_of(name)
     except UnwritableError as error:
@@ -92,6 +95,7 @@ def _load_file(path, ema, settings):
     directory = cache_dir() / "converted" / f"{path.stem[:100]}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
     if directory.exists():
         return load_directory(directory, **settings)
+    require_packages("torch")
     from .porting import convert
 
     conversion = None

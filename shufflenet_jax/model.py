@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from . import lowerings
 from .architecture import LAYOUTS, STAGES, Table, fault_of, name_of, resolve_table
 from .batch_groups import BatchGroups
-from .config import Initialization
+from .config import LOWERINGS, RENAMED, Initialization, require_whole_number
 from .errors import InputError
 from .initialization import can_draw_together, draw_of, draw_together
 from .lowerings.shuffle import channel_shuffle, split_even_odd
@@ -185,6 +185,7 @@ class ShuffleNetV2(nn.Module):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
+        _require_possible(self)
 
     @property
     def table(self) -> Table:
@@ -193,13 +194,7 @@ class ShuffleNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train=False, batch_groups=None):
-        if self.layout not in LAYOUTS or self.initial not in get_args(Initialization):
-            raise ValueError(f"no ShuffleNetV2 in layout {self.layout!r}, {self.initial!r}")
         table = self.table
-        if fault := fault_of(table, self.layout):
-            raise InputError(fault)
-        if self.num_classes and not self.conv5:
-            raise ValueError("a classifier needs conv5")
         if images.ndim != 4 or images.shape[-1] != self.in_chans:
             raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
 
@@ -248,6 +243,37 @@ class ShuffleNetV2(nn.Module):
             name="fc",
         )
         return fc(x), features
+
+
+CHOICES = {  # {setting: the values it may have}
+    "layout": LAYOUTS,
+    "lowering": (*LOWERINGS, *RENAMED),
+    "initial": get_args(Initialization),
+    **dict.fromkeys(("small_stem", "conv5", "remat"), (False, True)),
+}
+SETTINGS = tuple(name for name in ShuffleNetV2.__dataclass_fields__ if name not in ("parent", "name"))
+
+
+def _require_possible(module: ShuffleNetV2) -> None:
+    """Raise InputError where a setting has a value that it cannot have."""
+    for name, values in CHOICES.items():
+        value = getattr(module, name)
+        if not any(value is choice or (type(value) is not bool and value == choice) for choice in values):
+            raise InputError(f"{name} is {value!r}, but must be one of {', '.join(map(str, values))}")
+    if fault := fault_of(module.table, module.layout):
+        raise InputError(fault)
+    require_whole_number("num_classes", module.num_classes, 0)
+    require_whole_number("in_chans", module.in_chans, 1)
+    if not isinstance(module.dropout, (int, float)) or not 0 <= module.dropout < 1:
+        raise InputError(f"dropout is {module.dropout!r}, but must be in [0, 1)")
+    if module.num_classes and not module.conv5:
+        raise InputError("a classifier needs conv5; set num_classes to 0, or leave conv5 out")
+    try:
+        floats = jnp.issubdtype(module.dtype, jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        raise InputError(f"dtype is {module.dtype!r}, but must be a type of floats like float32 or bfloat16")
 
 
 def init_variables(module, *, seed=0):

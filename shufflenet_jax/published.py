@@ -82,6 +82,15 @@ def find(name):
     return PUBLISHED[name]
 
 
+def is_at_hand(name: str) -> bool:
+    """Whether a published file lies in the cache already."""
+    return _place_of(name).exists()
+
+
+def _place_of(name: str, folder: Path | None = None) -> Path:
+    return (folder or cache_dir() / "downloads") / find(name).file
+
+
 def file_of(name: str, folder: Path | None = None) -> Path:
     """Return the path of a published file, downloaded on first use.
 
@@ -94,7 +103,7 @@ def file_of(name: str, folder: Path | None = None) -> Path:
       InputError: it cannot be fetched, or another file came; nothing is left behind.
     """
     published = find(name)
-    target = (folder or cache_dir() / "downloads") / published.file
+    target = _place_of(name, folder)
     if target.exists():  # Perhaps put there by hand.
         if not hash_of(target).startswith(published.sha256):
             raise InputError(f"{target} is another file: its sha256 does not begin with {published.sha256}; remove it")

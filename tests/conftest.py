@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from small_training import few_units
 
@@ -27,12 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from shufflenet_jax import checkpoint, published
 from shufflenet_jax.architecture import TABLES
-from shufflenet_jax.commands import from_torch
 from shufflenet_jax.commands.console import run
 from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
 from shufflenet_jax.files import hash_of
 from shufflenet_jax.model import variable_shapes
-from shufflenet_jax.porting import dialects, reference
+from shufflenet_jax.porting import dialects
 
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
 
@@ -68,6 +66,10 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def lively_network(dialect, table=0.5, num_classes=10, *, seed=0, **settings):
     """A PyTorch network of a width or Table with random weights and statistics, whose outputs differ between images."""
+    import torch  # An extra: some tests run where only the core is installed.
+
+    from shufflenet_jax.porting import reference
+
     generator = torch.Generator().manual_seed(seed)
     network = reference.NETWORKS[dialect](TABLES.get(table, table), num_classes, **settings)
     with torch.no_grad():
@@ -113,6 +115,8 @@ def variables(three_units):
 @pytest.fixture(scope="module")
 def weights(three_units, tmp_path_factory):
     """A PyTorch file of a random 0.5x network."""
+    import torch
+
     path = tmp_path_factory.mktemp("weights") / "net.pth"
     torch.save(lively_network("torchvision").state_dict(), path)
     return path
@@ -157,6 +161,10 @@ def refused(call):
 @pytest.fixture(scope="module")
 def ten_classes(tmp_path_factory):
     """A model directory of a random 0.5x network with ten classes, and class folders of images for it."""
+    import torch
+
+    from shufflenet_jax.commands import from_torch
+
     root = tmp_path_factory.mktemp("ten")
     network = lively_network("mmpretrain")
     meta = {"CLASSES": tuple(f"kind{i}" for i in range(10))}

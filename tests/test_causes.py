@@ -304,4 +304,4 @@ def test_a_process_without_pytorch_says_so(weights, tmp_path):
     argv = [sys.executable, "-c", code, "convert", str(weights), "--out", str(tmp_path / "out")]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and "the package torch is missing" in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and "pip install 'shufflenet_jax[torch]'" in lines[0], done.stderr

@@ -190,6 +190,6 @@ def test_training_on_a_single_value_per_channel_is_refused_as_in_pytorch():
     ],
 )
 def test_impossible_settings_and_shapes_are_named(settings, shape, told):
-    module = ShuffleNetV2(**settings)
     with pytest.raises(ValueError, match=told):
+        module = ShuffleNetV2(**settings)
         jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))

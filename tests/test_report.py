@@ -290,7 +290,7 @@ def test_pictures_show_the_image_and_where_the_class_that_it_is_taken_for_is_see
 def test_a_report_is_one_page_without_outside_resources(report, ten_classes, refused):
     assert not re.search(r"(src|href)=\"(?!data:)", report.text) and "@import" not in report.text
     assert report.text.count("data:image/jpeg") == 2 * report.text.count("<figure>")
-    assert "python eval.py --checkpoint" in report.text
+    assert "shufflenet-jax eval --checkpoint" in report.text
     model, data = ten_classes
     where = model / "model.json/r.html"
     assert "cannot be written" in refused(evaluate.main, "--checkpoint", model, "--data", data, "--report", where)

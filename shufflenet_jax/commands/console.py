@@ -15,6 +15,7 @@ from .. import progress
 from ..environment import enable_compilation_cache, keep_freed_memory
 from ..errors import InputError
 from ..files import UnwritableError, printable, refused_write
+from ..installation import missing_package
 from .parsing import with_flags
 
 _debug = False
@@ -82,8 +83,7 @@ def true_cause(error: Exception) -> Exception:
         place = getattr(error, "filename", None) or "what the command writes"
         return UnwritableError(place, reason, "make room there, or choose another place")
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("shufflenet_jax"):
-        package = error.name.partition(".")[0]
-        return InputError(f"the package {package} is missing; install it, or all that requirements.txt lists")
+        return missing_package(error.name.partition(".")[0])
     if isinstance(error, (RuntimeError, AssertionError)) and "jax" in sys.modules:
         from ..parallel import require_platform
 

@@ -27,7 +27,7 @@ from ..inference import Model
 from ..loading import load_model
 from ..published import CARD, PUBLISHED
 from .console import libraries_silent, speak_as
-from .parsing import CommandLine, add_process_options, add_val_share, positive_integer
+from .parsing import CommandLine, add_process_options, add_val_share, positive_integer, program_of
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -88,7 +88,8 @@ def evaluate_checkpoint(options, argv):
             from ..evaluation.report import make_report
 
             title = title_of(options) + ("" if among is None else f", among its {figures['classes']} classes")
-            command = shlex.join(["python", "eval.py", *argv])
+            typed = program_of("eval")
+            command = f"{'python ' if typed.endswith('.py') else ''}{typed} {shlex.join(argv)}"
             page = make_report(rows, model, source, title=title, command=command)
             report.write_text(page, encoding="utf-8", errors="backslashreplace")
     if options.preprocess:
@@ -231,7 +232,7 @@ def compared(options, info, rows, others):
 
 
 def parse(argv):
-    parser = CommandLine(prog="eval.py", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("eval"), description=DESCRIPTION)
     told = (
         "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or .safetensors file "
         f"(default: {CARD})"
@@ -270,7 +271,7 @@ def parse(argv):
     options = parser.parse_args(argv)
     if options.data is None:
         if options.checkpoint not in PUBLISHED:
-            raise InputError("--data is missing: on what to evaluate; see eval.py --help")
+            raise InputError(f"--data is missing: on what to evaluate; see {program_of('eval')} --help")
         published = PUBLISHED[options.checkpoint]
         defaults = {**IMAGENET, "expect_top1": round(published.top1, 2), "expect_top5": round(published.top5, 2)}
         for name, value in defaults.items():

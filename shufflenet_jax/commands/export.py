@@ -21,9 +21,10 @@ from ..exports.agreement import TOLERANCE, last, measure_agreement, nchw, nhwc, 
 from ..exports.tensors import metadata_of
 from ..files import path_of, written_aside
 from ..inference import Model
+from ..installation import require_packages
 from ..loading import load_model
 from ..porting.dialects import DIALECTS
-from .parsing import CommandLine, positive_integer
+from .parsing import CommandLine, positive_integer, program_of
 from .publish import without_places
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ DESCRIPTION = (
 )
 GRAPHS = {"stablehlo": ".stablehlo", "onnx": ".onnx"}  # Formats that hold the computation: their endings.
 ENDINGS = {**GRAPHS, "safetensors": ".safetensors", **{dialect: f"-{dialect}.pth" for dialect in DIALECTS}}
+NEEDED = {"stablehlo": (), "onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}  # Others: PyTorch.
 BATCH = 16  # Images a step of the comparison, where the file takes any number.
 MOST_CALIBRATION = 500  # Images; more change the ranges little.
 TIMED = (1, 32)
@@ -45,6 +47,7 @@ class Differs(Exception):
 
 def main(argv):
     options = parse(argv)
+    require_packages(*NEEDED.get(options.format, ("torch",)))
     out = path_of(options.out or default_name(options))
     model = Model(*load_model(options.checkpoint, ema=options.ema))
     model.info = dataclasses.replace(model.info, source=without_places(model.info.source))
@@ -71,7 +74,8 @@ def exported(options, model, data, calibration, draft):
     try:
         written = WRITERS.get(options.format, write_torch)(options, model, draft)
     except ImportError as error:
-        raise InputError(f"--format {options.format} cannot be written: {error}; install requirements.txt") from error
+        again = "pip install --force-reinstall 'shufflenet_jax[all]'"
+        raise InputError(f"--format {options.format} cannot be written: {error}; run {again}") from error
     told = checked(options, model, data, written, exact=True)
     if calibration:
         with_8_bits = write_8_bits(options, model, calibration, draft)
@@ -234,7 +238,7 @@ def batch_size(text):
 
 
 def parse(argv):
-    parser = CommandLine(prog="shufflenet-jax export", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("export"), description=DESCRIPTION)
     told = (
         "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or a .safetensors file"
     )

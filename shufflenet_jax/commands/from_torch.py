@@ -7,15 +7,14 @@ from .. import checkpoint
 from ..config import PREPROCESSING
 from ..files import path_of
 from ..model import describe
-from ..porting import convert
 from ..porting.dialects import DIALECTS
-from .parsing import CommandLine, positive_integer
+from .parsing import CommandLine, positive_integer, program_of
 
 DESCRIPTION = "Convert a PyTorch ShuffleNetV2 checkpoint into a model directory, and prove that both compute the same."
 
 
 def main(argv):
-    parser = CommandLine(prog="from_torch.py", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("convert"), description=DESCRIPTION)
     parser.add_argument(
         "ckpt",
         help="the PyTorch file, with the names of MMPretrain, torchvision, Megvii or ericsun99: a state dict, what a "
@@ -56,6 +55,7 @@ def main(argv):
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if there is one")
     options = parser.parse_args(argv)
+    from ..porting import convert  # It needs PyTorch, an extra, and the options above do not.
 
     out = path_of(options.out or Path(options.ckpt).stem)
     file = convert.read(options.ckpt, ema=options.ema)

@@ -10,7 +10,7 @@ from ..config import MOST
 from ..errors import InputError
 from ..loading import load_model
 from ..model import ShuffleNetV2, describe
-from .parsing import CommandLine, numbers, require_width_or_channels
+from .parsing import CommandLine, numbers, program_of, require_width_or_channels
 
 DESCRIPTION = (
     "Show parameters, multiply-adds, activations, receptive field and output of each stage, for one image; with "
@@ -107,7 +107,7 @@ def settings_of(module):
 
 
 def parse(argv):
-    parser = CommandLine(prog="shufflenet-jax info", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("info"), description=DESCRIPTION)
     parser.add_argument("--width", type=float, choices=TABLES, help=f"of the network (default: {DEFAULTS['width']})")
     told = "channels of the stem, stage2, stage3, stage4 and conv5, like 24,48,96,192,192, instead of a width"
     parser.add_argument("--channels", type=numbers, metavar="N,N,...", help=told)

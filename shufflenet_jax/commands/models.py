@@ -6,7 +6,7 @@ from ..accounting import count, total
 from ..checkpoint import module_of
 from ..inference import published_info
 from ..published import list_models
-from .parsing import CommandLine
+from .parsing import CommandLine, program_of
 
 DESCRIPTION = (
     "List the published weights. Every name is a --checkpoint, whose file is downloaded on first use; Megvii's, which "
@@ -15,7 +15,7 @@ DESCRIPTION = (
 
 
 def main(argv):
-    parser = CommandLine(prog="shufflenet-jax models", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("models"), description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="a JSON object for each, one a line")
     options = parser.parse_args(argv)
     columns = (30, 7, 13, 16, 8, 8, 13, 14)

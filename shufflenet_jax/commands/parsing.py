@@ -2,11 +2,28 @@
 
 import argparse
 import re
+import sys
+from pathlib import Path
 
+from .. import __version__
 from ..config import RENAMED, VAL_SHARE, whole_numbers
 from ..errors import InputError
 
+SCRIPTS = ("train.py", "eval.py", "from_torch.py", "to_torch.py")
+
 _flags: dict[str, str] = {}  # {argument: option} of the command that runs, such as {"data_dir": "--data-dir"}.
+
+
+def program() -> str:
+    """Return what was typed to start the package: `shufflenet-jax` or `python -m shufflenet_jax`."""
+    as_module = Path(sys.argv[0]).parts[-2:] == ("shufflenet_jax", "__main__.py")
+    return "python -m shufflenet_jax" if as_module else "shufflenet-jax"
+
+
+def program_of(command: str) -> str:
+    """Return what was typed to run a command: a script's name, or the program and the command."""
+    script = Path(sys.argv[0]).name
+    return script if script in SCRIPTS else f"{program()} {command}"
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -16,6 +33,7 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         if self.add_help:  # `console.run` looks for it before anything is parsed.
             self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            self.add_argument("--version", action="version", version=f"shufflenet_jax {__version__}")
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")

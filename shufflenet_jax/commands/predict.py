@@ -21,7 +21,7 @@ from ..files import printable, written_aside
 from ..inference import get_model
 from ..published import CARD, UNREACHED, fetch, reason_of
 from .console import libraries_silent, report_error
-from .parsing import CommandLine, positive_integer
+from .parsing import CommandLine, positive_integer, program_of
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 BATCH = 16
@@ -78,7 +78,7 @@ def require_layers(model, options):
 
 
 def parse(argv):
-    parser = CommandLine(prog="shufflenet-jax predict", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("predict"), description=DESCRIPTION)
     told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
     told = (

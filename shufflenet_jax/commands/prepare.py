@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..preparation import dataset
 from ..preparation.contents import read_contents
 from ..preparation.records import StoreOptions
-from .parsing import CommandLine, add_val_share, positive_integer
+from .parsing import CommandLine, add_val_share, positive_integer, program_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ DESCRIPTION = (
 
 
 def main(argv):
-    parser = CommandLine(prog="shufflenet-jax prepare", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("prepare"), description=DESCRIPTION)
     parser.add_argument("--source", required=True, help="a folder, zip or tar of images, or TFRecords")
     parser.add_argument("--name", required=True, help="name of the data set: lower-case letters, digits and _")
     parser.add_argument("--out", required=True, help="the folder of data sets to put it in: later's --data-dir")

@@ -10,7 +10,7 @@ from ..checkpoint import hash_of_variables, load_directory, module_of, save_mode
 from ..errors import InputError
 from ..files import path_of, written_aside
 from ..loading import load_model
-from .parsing import CommandLine
+from .parsing import CommandLine, program_of
 
 DESCRIPTION = (
     "Make a model directory to give away: the weights without optimiser state and history, model.json, and a model "
@@ -19,7 +19,7 @@ DESCRIPTION = (
 
 
 def main(argv):
-    parser = CommandLine(prog="shufflenet-jax publish", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("publish"), description=DESCRIPTION)
     parser.add_argument(
         "checkpoint", help="a model directory, a training workdir (its best), WORKDIR/checkpoints/N, or a .pth file"
     )

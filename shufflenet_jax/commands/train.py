@@ -17,7 +17,7 @@ from ..training.curves import plot_schedule
 from ..training.loop import describe_run, train
 from ..training.schedule import count_steps, count_warmup, make_schedule, peak_rate
 from .console import speak_as
-from .parsing import CommandLine, add_process_options, numbers, require_width_or_channels
+from .parsing import CommandLine, add_process_options, numbers, program_of, require_width_or_channels
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
 
@@ -35,7 +35,7 @@ def main(argv):
 
 def parse(argv):
     """The TrainConfig that the command line asks for, and its other options."""
-    first = CommandLine(prog="train.py", add_help=False, allow_abbrev=False)
+    first = CommandLine(prog=program_of("train"), add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--width")
     for option in ("--channels", "--repeats"):
@@ -44,7 +44,7 @@ def parse(argv):
     require_width_or_channels(given)
     name = given.config
     parser = Parser(
-        prog="train.py",
+        prog=program_of("train"),
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,

@@ -13,7 +13,7 @@ from ..data.sources import open_source
 from ..data.survey import survey
 from ..recipes import PRESETS
 from .console import libraries_silent
-from .parsing import CommandLine, add_val_share, positive_integer
+from .parsing import CommandLine, add_val_share, positive_integer, program_of
 
 DESCRIPTION = (
     "Read every image of a data set and tell what is in there. The last line on stdout is a JSON object; exit 1 if "
@@ -23,7 +23,7 @@ SHOWN = 5  # Names a line.
 
 
 def main(argv):
-    parser = CommandLine(prog="shufflenet-jax verify", description=DESCRIPTION)
+    parser = CommandLine(prog=program_of("verify"), description=DESCRIPTION)
     parser.add_argument("data", help="tfds:NAME, a folder of images, a zip or tar of one, or digits")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
     parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")

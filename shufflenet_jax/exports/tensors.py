@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ..checkpoint import require_sound, stored_module
 from ..config import ModelInfo
 from ..errors import InputError
+from ..installation import require_packages
 from ..model import variable_shapes
 from .agreement import nchw, nhwc
 
@@ -30,8 +31,9 @@ def read_safetensors(path, **settings):
     """(module, variables, ModelInfo) of a file that `save_safetensors` wrote: see `loading.load_model`.
 
     Raises:
-      InputError: the file is damaged, or another one.
+      InputError: the file is damaged, or another one, or the package is not installed.
     """
+    require_packages("safetensors")
     from safetensors import SafetensorError, safe_open
 
     try:

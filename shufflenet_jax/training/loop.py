@@ -92,6 +92,8 @@ def train(config: TrainConfig, workdir: str | Path, *, changed_data: bool = Fals
       InputError: the data, the settings or the workdir cannot be used, or the loss is no longer finite.
     """
     parallel.require_platform()
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"config is {config!r}, but must be a TrainConfig, like one of PRESETS")
     with jax.enable_x64(config.dtype == "float64"):
         result = _train(config, path_of(workdir), changed_data=changed_data)
     gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
