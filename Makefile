@@ -12,7 +12,7 @@ NEWEST ?= $(firstword $(foreach minor,14 13 12 11,$(if $(shell python3.$(minor) 
 NEWEST_VENV := .venv-newest
 # The files of tests that need no package of an extra.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	augment compatibility config data decoding files hosts installation jpeg parallel resuming survey workdir))
+	augment compatibility config data decoding files installation jpeg parallel survey workdir))
 
 .PHONY: demo test test-newest prove lint audit constraints clean
 .DELETE_ON_ERROR:
