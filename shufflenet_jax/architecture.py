@@ -5,6 +5,7 @@ The published tables are those of table 5 of Ma et al. (ECCV 2018). Nothing here
 
 import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 from .errors import InputError
@@ -52,9 +53,10 @@ def resolve_table(
     Raises:
       InputError: there is no such width, or the others are no whole numbers. `fault_of` says whether they fit.
     """
-    if width not in TABLES and (width is not None or channels is None):
+    published = isinstance(width, Real) and not isinstance(width, bool) and width in TABLES
+    if not published and (width is not None or channels is None):
         raise InputError(
-            f"width is {width}, but must be one of {', '.join(map(str, TABLES))}; `channels` describes other networks"
+            f"width is {width!r}, but must be one of {', '.join(map(str, TABLES))}; `channels` describes other networks"
         )
     usual = TABLES[1.0 if width is None else width]
     return Table(

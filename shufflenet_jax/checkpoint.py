@@ -176,7 +176,7 @@ def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNet
     written = info.table._asdict()
     for name in FIXED:
         given, stored = settings.get(name), written.get(name, getattr(info, name))
-        if given is not None and (tuple(given) if isinstance(given, list) else given) != stored:
+        if given is not None and (tuple(given) if isinstance(given, (list, np.ndarray)) else given) != stored:
             raise InputError(
                 f"{name} is {given}, but the weights in {path} have {stored}; leave {name} out, or give another "
                 "checkpoint"

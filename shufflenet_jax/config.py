@@ -371,6 +371,12 @@ class TrainConfig:
     def __post_init__(self):
         if isinstance(self.lowering, str):
             object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
+        if isinstance(self.repeats, int) or (isinstance(self.repeats, (tuple, list)) and len(self.repeats) == 1):
+            raise InputError(
+                f"repeats is {self.repeats}, but must be the units of {', '.join(STAGES)}, like 4,8,4; `aug_repeats` "
+                "says how often a pass uses each image"
+            )
+        _keep_table(self)
         _require_types("TrainConfig", self)
         counts = (
             "epochs",
@@ -411,12 +417,6 @@ class TrainConfig:
             raise InputError(
                 f"in_chans is {self.in_chans}, but images have 1 (grey) or 3 channels; 0: as preprocessing"
             )
-        if isinstance(self.repeats, int) or (self.repeats is not None and len(self.repeats) == 1):
-            raise InputError(
-                f"repeats is {self.repeats}, but must be the units of {', '.join(STAGES)}, like 4,8,4; `aug_repeats` "
-                "says how often a pass uses each image"
-            )
-        _keep_table(self)
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}, but must be more than 0")
         if self.preprocess.crop > self.preprocess.resize:

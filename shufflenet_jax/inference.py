@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from .architecture import TABLE_FIELDS, TABLES
-from .checkpoint import module_of
+from .architecture import TABLES
+from .checkpoint import FIXED, module_of
 from .config import ModelInfo, require_whole_number
 from .data import geometry
 from .data.labels import class_name, imagenet_classes
@@ -161,9 +161,9 @@ def get_model(
     """
     require_whole_number("seed", seed, 0)
     if str(name) in PUBLISHED and not pretrained:
-        table = {field: settings.pop(field) for field in TABLE_FIELDS if field in settings}
-        info = dataclasses.replace(published_info(str(name)), **table)
+        info = published_info(str(name))
         module = module_of(info, **settings)
+        info = dataclasses.replace(info, **{field: getattr(module, field) for field in FIXED})
         variables = init_variables(module, seed=seed)
     else:
         module, variables, info = load_model(name, **settings)

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import lowerings
-from .architecture import LAYOUTS, STAGES, Table, fault_of, name_of, resolve_table
+from .architecture import LAYERS, LAYOUTS, STAGES, Table, fault_of, name_of, resolve_table
 from .batch_groups import BatchGroups
 from .config import LOWERINGS, RENAMED, Initialization, require_whole_number
 from .errors import InputError
@@ -181,9 +181,11 @@ class ShuffleNetV2(nn.Module):
     repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4, instead of the width's.
 
     def __post_init__(self) -> None:
-        for name in ("channels", "repeats"):  # Lists, as torchvision's constructor takes them, have no hash.
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, numbers in self.table._asdict().items():
+            if getattr(self, name) is not None:  # Lists, as torchvision's constructor takes them, have no hash.
+                object.__setattr__(self, name, numbers)
+        if isinstance(self.frozen, list):
+            object.__setattr__(self, "frozen", tuple(self.frozen))
         super().__post_init__()
         _require_possible(self)
 
@@ -266,6 +268,8 @@ def _require_possible(module: ShuffleNetV2) -> None:
     require_whole_number("in_chans", module.in_chans, 1)
     if not isinstance(module.dropout, (int, float)) or not 0 <= module.dropout < 1:
         raise InputError(f"dropout is {module.dropout!r}, but must be in [0, 1)")
+    if not isinstance(module.frozen, tuple) or any(name not in LAYERS for name in module.frozen):
+        raise InputError(f"frozen is {module.frozen!r}, but must be a tuple of some of {', '.join(LAYERS)}")
     if module.num_classes and not module.conv5:
         raise InputError("a classifier needs conv5; set num_classes to 0, or leave conv5 out")
     try:

@@ -216,6 +216,11 @@ def test_a_model_says_what_it_is():
     assert repr(snet.get_model(NAME, num_classes=7)) == (
         "<Model: ShuffleNetV2 0.5x, torchvision layout, 7 classes, for images of 224 x 224 x 3>"
     )
+    own = snet.get_model(NAME, channels=[8, 16, 16, 16, 32], repeats=np.array([2, 1, 1]), in_chans=1)
+    assert repr(own) == (
+        "<Model: ShuffleNetV2 8,16,16,16,32/2,1,1, torchvision layout, 1000 classes, for images of 224 x 224 x 1>"
+    )
+    assert own.info.table == own.module.table == ((8, 16, 16, 16, 32), (2, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +228,16 @@ def test_a_model_says_what_it_is():
     [
         ({"width": "a"}, "width is 'a', but must be one of 0.5, 1.0, 1.5, 2.0"),
         ({"width": [1.0]}, r"width is \[1.0\]"),
+        ({"width": True}, "width is True"),
+        ({"channels": 24}, "channels is 24, but must be a sequence of whole numbers"),
+        ({"channels": "24,48,96,192,192"}, "channels is '24,48,96,192,192', but must be a sequence"),
+        ({"channels": (24.0, 48.0, 96.0, 192.0, 192.0)}, r"channels is \(24.0, .*, but must be a sequence of whole"),
+        ({"channels": [24, 49, 96, 192, 192]}, "^stage2 has 49 channels, an odd number"),
+        ({"channels": (24, 48, 96)}, "^channels has 3 numbers, but must have 5"),
+        ({"repeats": 4}, "repeats is 4, but must be a sequence of whole numbers"),
+        ({"repeats": {"stage2": 4}}, "repeats is .*, but must be a sequence of whole numbers"),
+        ({"frozen": "conv1"}, "frozen is 'conv1', but must be a tuple of some of conv1, stage2"),
+        ({"frozen": ("stage1",)}, r"frozen is \('stage1',\)"),
         ({"layout": 3}, "layout is 3, but must be one of torchvision, megvii"),
         ({"lowering": "fast"}, "lowering is 'fast', but must be one of auto, cpu, reference"),
         ({"small_stem": "yes"}, "small_stem is 'yes', but must be one of False, True"),
@@ -255,6 +270,11 @@ def test_a_wrong_argument_is_named_with_what_it_must_be(settings, message):
         (lambda: snet.TrainConfig(data="digits", epochs="3"), "epochs = '3', which cannot be: it must be int"),
         (lambda: snet.TrainConfig(data=3), "data = 3, which cannot be: it must be str"),
         (lambda: snet.TrainConfig(data="digits", lowering=[]), r"lowering = \[\], which cannot be: it must be one of"),
+        (lambda: snet.TrainConfig(data="digits", width=[1.0]), r"width is \[1.0\], but must be one of"),
+        (lambda: snet.TrainConfig(data="digits", channels="24,48"), "channels is '24,48', but must be a sequence"),
+        (lambda: snet.TrainConfig(data="digits", repeats=4), "repeats is 4, .*`aug_repeats` says how often"),
+        (lambda: snet.ShuffleNetV2(channels=5), "channels is 5, but must be a sequence of whole numbers"),
+        (lambda: snet.ShuffleNetV2(width=None), "width is None, but must be one of .*; `channels` describes"),
         (lambda: snet.ShuffleNetV2(num_classes="ten"), "num_classes is 'ten'"),
         (lambda: snet.ShuffleNetV2(conv5=False), "a classifier needs conv5"),
     ],
