@@ -46,7 +46,7 @@ for line in json.load(sys.stdin):
 print(json.dumps(results))
 """
 TRAIN = (
-    "train --config cifar10 --data data --workdir run --width 0.5 --steps 2 --batch-size 4 --image-size 32 "
+    "train --config cifar10 --data data --workdir run --channels 8,16,16,16,32 --repeats 2,1,1 --steps 2 --batch-size 4 --image-size 32 "
     "--bn-group-size 0 --warmup-steps 0"
 )
 WORKING = {  # line: what its stdout holds
@@ -57,6 +57,7 @@ WORKING = {  # line: what its stdout holds
     "export run --format stablehlo --out run.stablehlo": "wrote run.stablehlo",
     "publish run --out given --name net --licence CC0-1.0": "given/net-",
     "info --checkpoint run --json": '"num_classes": 2',
+    "info --compare 8,16,16,16,32/2,1,1 --resolution 32x32": "8,16,16,16,32/2,1,1",
     "models": NAME,
     "verify data": '"images": 4',
     "prepare --source data --name mine --out sets --processes 1": '"val": 4',
