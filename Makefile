@@ -8,7 +8,7 @@ PINS ?=
 INSTALL = -m pip install --quiet $(if $(PINS),-c $(PINS))
 
 # The newest Python here, on which the core is tested: without PyTorch and ONNX, and with the newest JAX.
-NEWEST ?= $(firstword $(foreach minor,14 13 12 11,$(if $(shell python3.$(minor) -c 'print(1)' 2>&1 | grep -x 1),python3.$(minor))))
+NEWEST ?= $(firstword $(foreach minor,14 13 12,$(if $(shell python3.$(minor) -c 'print(1)' 2>&1 | grep -x 1),python3.$(minor))) $(PYTHON))
 NEWEST_VENV := .venv-newest
 # The files of tests that need no package of an extra.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
@@ -29,6 +29,7 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp tests/requirements.txt
 	@touch $@
 
 $(NEWEST_VENV)/test.stamp: pyproject.toml tests/requirements.txt
+	@$(NEWEST) -c "import sys; sys.exit(sys.version_info < (3, 12) and 'error: the newest JAX needs Python 3.12 or later; name one with NEWEST=...')"
 	$(NEWEST) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python $(INSTALL) -e . -r tests/requirements.txt
 	@touch $@

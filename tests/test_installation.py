@@ -46,8 +46,8 @@ for line in json.load(sys.stdin):
 print(json.dumps(results))
 """
 TRAIN = (
-    "train --config cifar10 --data data --workdir run --channels 8,16,16,16,32 --repeats 2,1,1 --steps 2 --batch-size 4 --image-size 32 "
-    "--bn-group-size 0 --warmup-steps 0"
+    "train --config cifar10 --data data --workdir run --channels 8,16,16,16,32 --repeats 2,1,1 --steps 2 "
+    "--batch-size 4 --image-size 32 --bn-group-size 0 --warmup-steps 0"
 )
 WORKING = {  # line: what its stdout holds
     TRAIN: "",
@@ -180,6 +180,7 @@ def test_windows_is_one_line():
 def test_the_package_lists_its_names():
     assert set(snet.__all__) <= set(dir(snet)) and "__version__" in snet.__all__
     assert PROJECT["dynamic"] == ["version"]
+    assert f"version: {snet.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
