@@ -172,6 +172,7 @@ def get_model(
     conv5 = info.conv5 if conv5 is None else conv5
     require_whole_number("num_classes", num_classes, 0)
     require_whole_number("in_chans", in_chans, 1)
+    num_classes, in_chans = int(num_classes), int(in_chans)  # NumPy's are no numbers for JSON.
     if (num_classes, in_chans, conv5) == (info.num_classes, info.in_chans, info.conv5):
         return Model(module, variables, info)
     return _adapted(module, variables, info, num_classes, in_chans, conv5, seed)

@@ -222,6 +222,7 @@ def test_a_model_says_what_it_is():
     assert repr(own) == (
         "<Model: ShuffleNetV2 8,16,16,16,32/2,1,1, torchvision layout, 1000 classes, for images of 224 x 224 x 1>"
     )
+    assert snet.get_model(NAME, num_classes=np.int64(3)).info.num_classes == 3
     assert own.info.table == own.module.table == ((8, 16, 16, 16, 32), (2, 1, 1))
 
 
