@@ -20,7 +20,7 @@ def _require_types(what, settings):
     for name, kind in typing.get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if not _has_type(value, kind):
-            raise InputError(f"{what} has {name} = {value!r}, which cannot be: it must be {_describe_type(kind)}")
+            raise InputError(f"{what} has {name} = {value!r}, but it must be {_describe_type(kind)}")
 
 
 def _describe_type(kind: Any) -> str:
