@@ -10,9 +10,10 @@ INSTALL = -m pip install --quiet $(if $(PINS),-c $(PINS))
 # The newest Python here, on which the core is tested: without PyTorch and ONNX, and with the newest JAX.
 NEWEST ?= $(firstword $(foreach minor,14 13 12,$(if $(shell python3.$(minor) -c 'print(1)' 2>&1 | grep -x 1),python3.$(minor))) $(PYTHON))
 NEWEST_VENV := .venv-newest
-# The files of tests that need no package of an extra.
+# The files of tests that need no package of an extra; one test imports every module, also those that need PyTorch.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	augment compatibility config data decoding files installation jpeg parallel survey workdir))
+	augment compatibility config data decoding files installation jpeg parallel survey transformations workdir)) \
+	--deselect tests/test_transformations.py::test_importing_the_package_changes_no_setting_of_the_process
 
 .PHONY: demo test test-newest prove lint audit constraints clean
 .DELETE_ON_ERROR:
