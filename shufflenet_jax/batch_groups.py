@@ -8,6 +8,7 @@ hold one group together.
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -33,25 +34,24 @@ class BatchGroups:
     mask: Any = None
     places: Any = None
 
-    def totals(self, values, axis):
-        """Sum values over the real examples of each group.
+    def totals(self, arrays, axis):
+        """Sum values over the real examples of each group; devices that hold a group together exchange numbers once.
 
         Args:
-          values: an array with one entry for each example along `axis`, which is one of its last two axes.
+          arrays: arrays of one shape with an entry for each example along `axis`, which is one of the last two axes.
           axis: that axis.
         Returns:
-          An array of the same shape: at each example the sum over its group.
+          For each array one of the same shape: at each example the sum over its group.
         """
-        if self.mask is not None:
-            values = values * jnp.expand_dims(self.mask.astype(values.dtype), 1 - axis % 2)
-        count = values.shape[axis]
-        size = self.size or count
-        axis %= values.ndim
-        split = (*values.shape[:axis], count // size, size, *values.shape[axis + 1 :])
-        sums = values.reshape(split).sum(axis + 1, keepdims=True)
+        shape = arrays[0].shape
+        count, size = shape[axis], self.size or shape[axis]
+        axis %= len(shape)
+        split = (*shape[:axis], count // size, size, *shape[axis + 1 :])
+        kept = (self._without_padding(values, axis) for values in arrays)
+        sums = [values.reshape(split).sum(axis + 1, keepdims=True) for values in kept]
         if self.spans:
-            sums = lax.psum(sums, AXIS, axis_index_groups=self.spans)
-        return jnp.broadcast_to(sums, split).reshape(values.shape)
+            sums = lax.psum(jnp.stack(sums), AXIS, axis_index_groups=self.spans)
+        return [jnp.broadcast_to(values, split).reshape(shape) for values in sums]
 
     def moments(self, x, axis):
         """Return mean, biased variance and number of values, for each channel in the group of each example.
@@ -63,14 +63,45 @@ class BatchGroups:
           Mean and variance of shape (B, C) or (C, B). The number is one for all groups, or an array of that shape where
           there is padding.
         """
+        if self.spans:
+            return self._joint_moments(x, axis)
         pixels, sums = x.shape[1] * x.shape[2], x.sum((1, 2))
         if self.mask is None:
-            count = pixels * (self.size or sums.shape[axis]) * (len(self.spans[0]) if self.spans else 1)
+            count = pixels * (self.size or sums.shape[axis])
         else:
-            count = self.totals(jnp.full_like(sums, pixels), axis)
-        mean = self.totals(sums, axis) / count
-        var = self.totals(jnp.square(x - mean[:, None, None]).sum((1, 2)), axis) / count
+            (count,) = self.totals([jnp.full_like(sums, pixels)], axis)
+        (total,) = self.totals([sums], axis)
+        mean = total / count
+        (squares,) = self.totals([jnp.square(x - mean[:, None, None]).sum((1, 2))], axis)
+        return mean, squares / count, count
+
+    def _joint_moments(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+        """Return the `moments` of a group that several devices hold, for which these exchange numbers once.
+
+        Each device sends its own mean and the sum of squares about it (Chan, Golub and LeVeque, 1979). Squares about
+        the mean of all would need that mean first, by a second exchange; squares about a value that is not close to it,
+        such as the running mean of a fresh network, lose their digits where the mean is large.
+        """
+        pixels, sums = x.shape[1] * x.shape[2], x.sum((1, 2))
+        values = pixels * (sums.shape[axis] if self.mask is None else self.mask.sum())
+        mean = self._without_padding(sums, axis).sum(axis, keepdims=True) / jnp.maximum(values, 1)
+        squares = self._without_padding(jnp.square(x - mean[:, None, None]).sum((1, 2)), axis)
+        sent = [mean, squares.sum(axis, keepdims=True)]
+        if self.mask is not None:
+            sent.append(jnp.full_like(mean, values))
+        received = lax.all_gather(jnp.stack(sent), AXIS, axis_index_groups=self.spans)
+        means, squares, *counts = jnp.moveaxis(received, 1, 0)
+        values, count = (counts[0], counts[0].sum(0)) if counts else (values, values * len(means))
+        mean = (values * means).sum(0) / count
+        var = (squares + values * jnp.square(means - mean[None])).sum(0) / count
+        mean, var, count = (jnp.broadcast_to(vector, sums.shape) for vector in (mean, var, count))
         return mean, var, count
+
+    def _without_padding(self, values: jax.Array, axis: int) -> jax.Array:
+        """Return values with one entry for each example along an axis, those of padding replaced by 0."""
+        if self.mask is None:
+            return values
+        return values * jnp.expand_dims(self.mask.astype(values.dtype), 1 - axis % 2)
 
     def following(self, values):
         """Return for each example (N, ...) the value of the next one in its group; the last one takes the first."""

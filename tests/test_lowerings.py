@@ -1,3 +1,6 @@
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from shufflenet_jax import lowerings
-from shufflenet_jax.batch_groups import BatchGroups
+from shufflenet_jax.batch_groups import AXIS, BatchGroups
 from shufflenet_jax.lowerings import cpu, direct, reference, shuffle
 
 SIZES = [(8, 8), (7, 9), (1, 5), (2, 1)]
@@ -129,6 +132,61 @@ def test_groups_have_statistics_of_their_own_and_padding_has_no_part_in_them(x64
         assert_allclose(statistics[i], (alone[0][0][i] + alone[1][0][i]) / 2, atol=1e-12)
         assert_allclose(gradients[i + 1], alone[0][1][i + 1] + alone[1][1][i + 1], atol=1e-11)
     assert not np.asarray(gradients[0][~real]).any()
+
+
+@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "mean", "near"),
+    [
+        ("float64", 2, 1e-11),  # Sums of up to 36 values, in another order.
+        ("float64", 1e5, 1e-8),  # Values keep 16 digits, and the mean takes 5 of them.
+        ("float32", 2, 1e-5),
+        # float32 keeps 1e4 to a thousandth of the deviation, which decides everything here; squares about zero would
+        # keep no digit at all.
+        ("float32", 1e4, 2e-2),
+    ],
+)
+def test_devices_that_hold_a_group_together_have_its_statistics(x64, lower, masked, dtype, mean, near):
+    """Two groups of four images on two devices each, as one device in float64 sees each group alone."""
+    x, cotangent = (normal(4, 2, 3, 3, 5) + mean).astype(dtype), normal(4, 2, 3, 3, 5, seed=3).astype(dtype)
+    scale, bias = normal(5, seed=1).astype(dtype), normal(5, seed=2).astype(dtype)
+    # The last device has nothing but padding.
+    mask = np.array([[1, 1], [1, 0], [1, 1], [0, 0]] if masked else np.ones((4, 2)), dtype)
+    cotangent *= mask[..., None, None, None]
+
+    def on_a_device(x, cotangent, mask):
+        groups = BatchGroups(spans=((0, 1), (2, 3)), mask=mask if masked else None)
+        (y, statistics), pull = jax.vjp(partial(normalized, lower, groups), x, scale, bias)
+        return y, statistics, pull((cotangent, jax.tree.map(jnp.zeros_like, statistics)))
+
+    mapped = jax.pmap(on_a_device, AXIS)
+    assert collectives_of(jax.make_jaxpr(mapped)(x, cotangent, mask)) == 2, "one each way"
+    y, statistics, gradients = mapped(x, cotangent, mask)
+    for devices in (slice(0, 2), slice(2, 4)):
+        real = mask[devices] > 0
+        arrays = [np.float64(array[devices][real]) for array in (x, cotangent)]
+        vectors = np.float64(scale), np.float64(bias)
+        (alone, expected), pull = jax.vjp(partial(normalized, reference, BatchGroups()), arrays[0], *vectors)
+        dx, *others = pull((arrays[1], jax.tree.map(jnp.zeros_like, expected)))
+        assert_allclose(y[devices][real], alone, atol=near)
+        assert_allclose(gradients[0][devices][real], dx, atol=near)
+        for ours, theirs in zip(statistics, expected, strict=True):
+            assert np.array_equal(*ours[devices]), "both devices have the same bits"
+            assert_allclose(ours[devices][0], theirs, rtol=near)
+        for ours, theirs in zip(gradients[1:], others, strict=True):
+            assert_allclose(ours[devices].sum(0), theirs, atol=10 * near)  # Sums over the group.
+
+
+def normalized(lower, groups, x, scale, bias):
+    """(batch norm and ReLU of images (B, H, W, C), (mean, variance))."""
+    y, *statistics = lower.batch_norm(lower.from_nhwc(x), scale, bias, groups, epsilon=1e-5, relu=True)
+    return lower.to_nhwc(y), tuple(statistics)
+
+
+def collectives_of(jaxpr):
+    """How many operations of a program exchange numbers between devices."""
+    return len(re.findall(r"\b(?:psum|all_gather|reduce_scatter|ppermute|all_to_all)\w*\[", str(jaxpr)))
 
 
 @pytest.mark.parametrize(

@@ -265,8 +265,9 @@ def _grouped_batch_norm_backward(epsilon, relu, saved, cotangents):
     dbias, product = dy.sum((1, 2)), (dy * centred).sum((1, 2))
     # Padding has no part in the statistics, and so gets nothing back through them.
     share = (1 if batch_groups.mask is None else batch_groups.mask.astype(wide)[None]) / count
-    slope = batch_groups.totals(product, 1) * share * inverse**3 * scale[:, None]
-    level = batch_groups.totals(dbias, 1) * share
+    products, levels = batch_groups.totals([product, dbias], 1)
+    slope = products * share * inverse**3 * scale[:, None]
+    level = levels * share
     dx = (dy - _per_image(level)) * _per_image(inverse * scale[:, None]) - centred * _per_image(slope)
     dscale = (product * inverse).sum(1)
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.sum(1).astype(scale.dtype), None
