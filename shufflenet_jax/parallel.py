@@ -39,8 +39,8 @@ ADVICE = (
 def joined(coordinator_address=None, num_processes=None, process_id=None, *, on_joined=lambda process, processes: None):
     """In the block, the processes of a run on several hosts compute together; a run of one process is left as it is.
 
-    Without arguments, they find each other on TPU pods, in a step of several Slurm tasks and in indexed jobs of
-    Kubernetes.
+    On TPU pods, in a step of several Slurm tasks and in indexed jobs of Kubernetes they find out by themselves what is
+    not given.
 
     Args:
       coordinator_address: HOST:PORT at which process 0 can be reached.
@@ -57,9 +57,12 @@ def joined(coordinator_address=None, num_processes=None, process_id=None, *, on_
                 f"process {process_id} of {num_processes} at {coordinator_address} is impossible: `process_id` counts "
                 "from 0 to one below `num_processes`, and `coordinator_address` is HOST:PORT"
             )
-    elif given != (None,) * 3:
-        raise InputError("`coordinator_address`, `num_processes` and `process_id` belong together; give all three")
     elif not _among_others():
+        if given != (None,) * 3:
+            raise InputError(
+                "`coordinator_address`, `num_processes` and `process_id` belong together; give all three, here or as "
+                "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            )
         yield
         return
     with _spoken_for("?" if process_id is None else process_id):
@@ -96,11 +99,10 @@ def _on_a_tpu():
 
 
 def _meet(address, processes, process):
-    if address:
-        where = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    given = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    where = {name: value for name, value in given.items() if value is not None}
+    if len(where) == len(given):
         where["cluster_detection_method"] = "deactivate"
-    else:
-        where = {}
     try:
         jax.distributed.initialize(
             **where, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=SILENT_SECONDS
@@ -201,13 +203,13 @@ def map_train_step(step, devices=None):
 def plan_for_devices(config, devices=None):
     """The BatchPlan of a TrainConfig's batches on the devices. Raises InputError if they cannot share them."""
     count = len(devices or jax.devices())
-    most = rows_that_fit(config.image_size)
+    most = rows_that_fit(config.image_size, devices[0].platform if devices else None)
     return plan_batch(config.batch_size, config.bn_group_size, count, parts=config.accumulate, most=most)
 
 
-def rows_that_fit(image_size):
-    """How many images of a size, in pixels, a device should train on at a time."""
-    rows = CPU_ROWS if jax.default_backend() == "cpu" else ACCELERATOR_ROWS
+def rows_that_fit(image_size, platform=None):
+    """How many images of a size, in pixels, a device should train on at a time; by default one that JAX uses here."""
+    rows = CPU_ROWS if (platform or jax.default_backend()) == "cpu" else ACCELERATOR_ROWS
     return max(1, int(rows * (224 / image_size) ** 2))
 
 

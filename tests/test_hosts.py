@@ -36,27 +36,45 @@ def alone(tmp_path_factory):
     return workdir
 
 
-def start(workdir, *, devices, process=0, processes=1, port=None, at=(), options=RUN, environment=None):
-    """A process of a run."""
+def start(
+    workdir,
+    *,
+    devices,
+    process=0,
+    processes=1,
+    port=None,
+    at=(),
+    options=RUN,
+    environment=None,
+    by_environment=False,
+):
+    """A process of a run; it learns of the others by options or by environment variables."""
     argv = [sys.executable, ROOT / "tests/small_training.py", *at, *options]
     argv += ["--checkpoint" if "eval" in at else "--workdir", workdir]
+    environment = dict(environment or {})
     if processes > 1:
-        argv += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", processes, "--process-id", process]
+        where = {"coordinator-address": f"127.0.0.1:{port}", "num-processes": processes, "process-id": process}
+        for name, value in where.items():
+            if by_environment:
+                environment[f"JAX_{name.replace('-', '_').upper()}"] = str(value)
+            else:
+                argv += [f"--{name}", value]
     return subprocess.Popen(
         list(map(str, argv)),
-        env={**os.environ, **(environment or {}), "JAX_NUM_CPU_DEVICES": str(devices)},
+        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def start_two(workdir, *, at=((), ()), options=RUN):
+def start_two(workdir, *, at=((), ()), options=RUN, by_environment=False):
     """Two processes of a run with 2 devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(workdir, devices=2, process=i, processes=2, port=port, at=at[i], options=options) for i in range(2)]
+    common = {"devices": 2, "processes": 2, "port": port, "options": options, "by_environment": by_environment}
+    return [start(workdir, process=i, at=at[i], **common) for i in range(2)]
 
 
 def end(processes):
@@ -92,8 +110,8 @@ def leaves_of(folder):
 
 
 def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with_one_goes_on(alone, tmp_path):
-    """A scheduler stops one of them in the second epoch, and both save."""
-    ended = end(start_two(tmp_path / "run", at=((), ("--at", "16", "SIGTERM"))))
+    """They meet by environment variables alone. A scheduler stops one in the second epoch, and both save."""
+    ended = end(start_two(tmp_path / "run", at=((), ("--at", "16", "SIGTERM")), by_environment=True))
     (status, out, told), (other_status, other_out, other_told) = ended
     assert status == other_status == 0, told + other_told
     assert "2 process(es) with 2 device(s) each" in told and "on 4 device(s)" in told and "top-1" in told
@@ -183,3 +201,15 @@ def test_processes_meet_by_themselves_only_where_the_surroundings_tell_of_others
             met.clear()
             with parallel.joined():
                 assert met == [(None, None, None)] * several, environment
+
+
+def test_environment_variables_are_the_defaults_of_the_options(monkeypatch, refused):
+    names = ("coordinator_address", "num_processes", "process_id")
+    for name, value in zip(names, ("a:1", "4", "3"), strict=True):
+        monkeypatch.setenv(f"JAX_{name.upper()}", value)
+    options = train.parse(["--config", "digits", "--process-id", "2"])[1]
+    assert [getattr(options, name) for name in names] == ["a:1", 4, 2], "an option counts more"
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    assert "give all three, here or as JAX_COORDINATOR_ADDRESS" in refused(train.main, "--config", "digits")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
+    assert "JAX_NUM_PROCESSES is 'many', but must be" in refused(train.main, "--config", "digits")

@@ -1,6 +1,7 @@
 """How commands parse their command lines."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -106,10 +107,26 @@ def add_process_options(parser):
     group = parser.add_argument_group(
         "several hosts",
         "Start the same command once on each host. On TPU pods, under Slurm and in indexed Kubernetes jobs the "
-        "processes find each other; elsewhere give all three of these.",
+        "processes find each other; elsewhere give all three of these, as options or as environment variables.",
     )
-    group.add_argument(
-        "--coordinator-address", metavar="HOST:PORT", help="where process 0 can be reached by all others"
-    )
-    group.add_argument("--num-processes", metavar="N", type=positive_integer, help="how many processes there are")
-    group.add_argument("--process-id", metavar="I", type=int, help="which of them this one is: 0 ... N - 1")
+    for option, metavar, kind, meaning in (
+        ("--coordinator-address", "HOST:PORT", str, "where process 0 can be reached by all others"),
+        ("--num-processes", "N", positive_integer, "how many processes there are"),
+        ("--process-id", "I", int, "which of them this one is: 0 ... N - 1"),
+    ):
+        name = "JAX_" + option.removeprefix("--").replace("-", "_").upper()
+        default = _from_environment(name, kind)
+        group.add_argument(
+            option, metavar=metavar, type=kind, default=default, help=f"{meaning} (default: {name}, where it is set)"
+        )
+
+
+def _from_environment(name, kind):
+    """Return an environment variable as a type, or None where it is not set. Raises InputError if it is none of it."""
+    text = os.environ.get(name)
+    try:
+        return kind(text) if text else None
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(
+            f"the environment variable {name} is {text!r}, but must be a number; correct or unset it"
+        ) from error
