@@ -1,10 +1,12 @@
 """Settings of the process that commands choose and importing does not: the compilation cache, memory kept for reuse."""
 
+import contextlib
 import ctypes
 import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
 
 from .files import CACHE, cache_dir, why_unwritable
 
@@ -36,6 +38,27 @@ def enable_compilation_cache():
 
         loaded.config.update("jax_compilation_cache_dir", str(directory))
         compilation_cache.reset_cache()  # The first compilation has decided against a cache for good.
+
+
+@contextlib.contextmanager
+def compiling_for_elsewhere() -> Iterator[None]:
+    """In the block, JAX computes on the CPU alone and keeps no compiled programs.
+
+    It looks for no accelerators then: libtpu reports at length where it finds none.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    chosen = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
+    before = {name: getattr(jax.config, name) for name in chosen}
+    for name, value in chosen.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # Else the first compilation has decided against a cache for good.
 
 
 def keep_freed_memory():

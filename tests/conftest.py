@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compil
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # The tests compile more than they compute: without optimizations a training step compiles in half the time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# libtpu, which compiles for TPUs that are not here, reports at length in each process that looks for them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # PyTorch's threads wait busily for each other: beside another test's work they take thirty times as long as one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT))

@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import gzip
 import json
 import logging
 import resource
@@ -26,7 +27,7 @@ from shufflenet_jax.errors import InputError
 from shufflenet_jax.inference import get_model
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.recipes import PRESETS
-from shufflenet_jax.training import loop
+from shufflenet_jax.training import loop, profiling
 from shufflenet_jax.training.finetuning import initial_variables
 from shufflenet_jax.training.supervision import load_predictions
 
@@ -43,9 +44,10 @@ def small_networks():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The workdir of a short training on the digits."""
+    """The workdir of a short training on the digits; a trace of its steps lies beside it."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert train.main([str(word) for word in (*TINY, "--workdir", workdir)]) == 0
+    options = (*TINY, "--workdir", workdir, "--profile", workdir.parent / "new/trace")
+    assert train.main([str(word) for word in options]) == 0
     return workdir
 
 
@@ -74,6 +76,41 @@ def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
     assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
     with Image.open(trained / "curves.png") as picture:
         assert picture.size[0] > 1000
+
+
+def steps_of(trace):
+    """The numbers of the steps in what a trace gives Perfetto, in order of time."""
+    (path,) = trace.glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = [event for event in events if event.get("name") == "train" and "step_num" in event.get("args", {})]
+    return [int(event["args"]["step_num"]) for event in sorted(steps, key=lambda event: event["ts"])]
+
+
+def test_a_profile_holds_steps_20_to_30_for_tensorboard_and_perfetto(trained):
+    trace = trained.parent / "new/trace"
+    assert steps_of(trace) == list(range(20, 31))
+    assert len(list(trace.glob("plugins/profile/*/*.xplane.pb"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "traced", "told"),
+    [(19, [], "a trace begins at step 20: there is none"), (22, [120, 121, 122], "trace of steps 120 to 122: ")],
+)
+def test_the_trace_of_a_run_that_ends_before_step_30_has_what_there_is(tmp_path, caplog, steps, traced, told):
+    """The run continues after step 100."""
+    caplog.set_level(logging.INFO)
+    with profiling.traced(lambda state, batch: (state + batch, {}), tmp_path / "trace", 100) as step:
+        state = np.float32(0)
+        for _ in range(steps):
+            state, _ = step(state, np.float32(1))
+    assert state == steps and told in caplog.text
+    assert (steps_of(tmp_path / "trace") if traced else []) == traced
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, refused):
+    (tmp_path / "file").touch()
+    options = (*SMALL, "--workdir", tmp_path / "run", "--profile", tmp_path / "file/trace")
+    assert "file/trace cannot be written" in refused(train.main, *options)
 
 
 def events_of(workdir):

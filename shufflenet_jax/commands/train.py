@@ -10,13 +10,16 @@ import simple_parsing
 from .. import parallel
 from ..batch_groups import Epoch
 from ..config import TrainConfig
-from ..data.sources import KNOWN_SIZES, Reader, open_source
+from ..environment import compiling_for_elsewhere
 from ..errors import InputError
+from ..files import path_of, printable, writing
 from ..recipes import PRESETS
+from ..slices import find_slice
+from ..training.ahead import TooLargeError, compile_ahead, open_training_data
 from ..training.curves import plot_schedule
 from ..training.loop import describe_run, train
 from ..training.schedule import count_steps, count_warmup, make_schedule, peak_rate
-from .console import speak_as
+from .console import libraries_silent, speak_as
 from .parsing import CommandLine, add_process_options, numbers, program_of, require_width_or_channels
 
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
@@ -27,8 +30,11 @@ def main(argv):
     if options.print_schedule:
         with jax.enable_x64(config.dtype == "float64"):
             return print_schedule(config, options.print_schedule)
+    if options.compile_for:
+        return compile_for(config, options.compile_for, options.dump)
     with parallel.joined(options.coordinator_address, options.num_processes, options.process_id, on_joined=speak_as):
-        result = train(config, options.workdir or f"runs/{options.config}", changed_data=options.changed_data)
+        workdir = options.workdir or f"runs/{options.config}"
+        result = train(config, workdir, changed_data=options.changed_data, profile=options.profile)
     # 0 for SIGTERM, so that a scheduler starts the run again; a shell's own status for Ctrl-C.
     return 128 + signal.SIGINT if result.signal == signal.SIGINT and not result.finished else 0
 
@@ -65,9 +71,26 @@ def parse(argv):
         const=True,
         help="only print the learning rate over the run, and draw it into the file",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="trace steps 20 to 30 after the start into this folder, for TensorBoard or Perfetto; of several processes "
+        "the first one",
+    )
+    parser.add_argument(
+        "--compile-for",
+        metavar="SLICE",
+        help="only compile the step for hardware that is not here, like v5e:16x16, v5p:4x4x4, v6e:2x2 or h100:4x8 "
+        "(hosts x GPUs), and print whether it fits, what it takes, exchanges and touches",
+    )
+    parser.add_argument("--dump", metavar="DIR", help="with --compile-for: store the optimized program in this folder")
     add_process_options(parser)
     parser.add_arguments(TrainConfig, dest="settings", default=PRESETS.get(name, PRESETS["digits"]))
     options = parser.parse_args(argv)
+    if options.dump and not options.compile_for:
+        raise InputError("--dump stores what --compile-for compiles; give both")
+    if options.profile and (options.compile_for or options.print_schedule):
+        raise InputError("--profile traces a run, but this command takes no step; leave one of both out")
     return options.settings, options
 
 
@@ -85,14 +108,7 @@ class HelpFormatter(simple_parsing.SimpleHelpFormatter):
 
 def print_schedule(config, picture):
     """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
-    try:
-        place = {"data_dir": config.data_dir, "val_share": config.val_share}
-        size = len(open_source(config.data, config.train_split, **place, reader=Reader("train_split")))
-    except InputError:
-        if config.data not in KNOWN_SIZES:
-            raise
-        size = KNOWN_SIZES[config.data]
-    epoch = Epoch(size, parallel.plan_for_devices(config))
+    epoch = Epoch(len(open_training_data(config)), parallel.plan_for_devices(config))
     total, warmup = count_steps(config, epoch), count_warmup(config, epoch)
     schedule = jax.jit(jax.vmap(make_schedule(config, epoch)))
     edges = {warmup - 1, warmup} if warmup else set()
@@ -107,3 +123,33 @@ def print_schedule(config, picture):
         plot_schedule(every / epoch.steps, schedule(every), Path(picture))
         print(f"picture: {picture}")
     return 0
+
+
+def compile_for(config, name, folder):
+    """Print what a step takes, exchanges and touches on a slice, and store its program in a folder where asked to."""
+    program = path_of(folder) / f"{name.replace(':', '-')}.hlo" if folder else None
+    if program:
+        with writing(program.parent):
+            program.parent.mkdir(parents=True, exist_ok=True)
+    with compiling_for_elsewhere(), libraries_silent():
+        target = find_slice(name)
+        try:
+            step = compile_ahead(config, target)
+        except TooLargeError as error:
+            print(f"does not fit on {name}: {error}")
+            return 1
+    print(describe_run(config, step.epoch))
+    print(f"compiled for {name} in {step.seconds:.0f} s")
+    parts = ", ".join(f"{part} {size / 1e6:,.1f} MB" for part, size in step.memory._asdict().items())
+    needed, there = sum(step.memory), target.memory
+    fits = "fits" if needed <= there else "does not fit"
+    print(f"{fits}: {needed / 1e9:.2f} GB of {there / 1e9:.2f} GB on each device ({parts})")
+    kinds = "".join(f"; {kind} {n:,}, {size / 1e6:.2f} MB" for kind, (n, size) in step.counts.collectives.items())
+    total = step.counts.total
+    print(f"a step exchanges in {total.number:,} collectives {total.size / 1e6:.2f} MB on each device{kinds}")
+    print(f"touches {step.touched_per_image / 1e6:.1f} MB an image in the devices' main memory")
+    if program:
+        with writing(program):
+            program.write_text(step.text, encoding="utf-8")
+        print(f"program: {printable(str(program))}")
+    return 0 if needed <= there else 1

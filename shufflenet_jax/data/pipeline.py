@@ -14,6 +14,7 @@ from grain.experimental import index_shuffle
 from ..batch_groups import Epoch, plan_batch
 from ..errors import InputError
 from . import augmentation, decoding, geometry
+from .sources import Example
 from .workers import usable_cores
 
 KEPT_BYTES = 2**28  # A training keeps decoded images, in each process that decodes, of data that fill no more memory.
@@ -102,6 +103,14 @@ def train_batches(
     part, parts = plan.batch_size // plan.parts, plan.parts
     rows = _host_rows(part, start_step * parts, stop_step * parts, host, hosts)
     return _batches(rows.map(load), plan.batch_size // hosts, workers, threads)
+
+
+def blank_row(config):
+    """Return a row of `train_batches` as a TrainConfig asks for it, of a black image: its names, shapes and types."""
+    preprocess = config.train_preprocess
+    blank = np.zeros((preprocess.resize, preprocess.resize, 3), np.uint8)
+    row = augmentation.training_row(Example("blank", blank, 0), config, preprocess, np.random.default_rng(0))
+    return {**row, "labels": np.int32(0)}
 
 
 class _Decoded:

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import jax
 
 from ..batch_groups import BatchGroups
-from ..config import RENAMED
+from ..config import RENAMED, LoweringName
 from . import cpu, direct, reference
 
 
@@ -76,10 +76,15 @@ def resolve(name: str) -> Lowering:
     if name not in ("auto", *MODULES):
         raise ValueError(f"lowering is {name!r}, not one of auto, {', '.join(MODULES)}")
     if name == "auto":
-        # On CPUs XLA runs grouped convolutions one group at a time: docs/faster.md has what "cpu" gains there. GPUs and
-        # TPUs have kernels for convolutions; nothing measured there speaks against those.
-        name = "cpu" if jax.default_backend() == "cpu" else "reference"
+        name = fastest_on(jax.default_backend())
     return cast(Lowering, MODULES[name])
+
+
+def fastest_on(platform: str) -> LoweringName:
+    """Return the name of the fastest lowering on a platform, as JAX names it."""
+    # On CPUs XLA runs grouped convolutions one group at a time: docs/faster.md has what "cpu" gains there. GPUs and
+    # TPUs have kernels for convolutions; nothing measured there speaks against those.
+    return "cpu" if platform == "cpu" else "reference"
 
 
 def for_inference(name: str) -> Convolutions:

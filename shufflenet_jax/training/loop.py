@@ -32,6 +32,7 @@ from .interruption import Interruption
 from .logs import METRICS, Meter, MetricsLog, read_metrics
 from .optimizer import decay_table
 from .pitfalls import warn_of_collapse, warn_of_pitfalls
+from .profiling import make_folder, traced
 from .resuming import Data
 from .schedule import count_steps, make_schedule, peak_rate
 from .state import create_state
@@ -77,7 +78,9 @@ class TrainResult(NamedTuple):
     best: Evaluation | None
 
 
-def train(config: TrainConfig, workdir: str | Path, *, changed_data: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig, workdir: str | Path, *, changed_data: bool = False, profile: str | Path | None = None
+) -> TrainResult:
     """Train a network in a workdir, or continue the training that it holds.
 
     All processes of a run on several hosts call this together, inside `parallel.joined`.
@@ -86,6 +89,7 @@ def train(config: TrainConfig, workdir: str | Path, *, changed_data: bool = Fals
       config: the settings, such as `recipes.PRESETS["digits"]`.
       workdir: folder of the run; it is made if there is none.
       changed_data: continue the training also where examples were added, removed or changed since it last started.
+      profile: folder for a trace of steps 20 to 30 after the start, of the first process; None: no trace.
     Returns:
       What the run reached.
     Raises:
@@ -95,12 +99,13 @@ def train(config: TrainConfig, workdir: str | Path, *, changed_data: bool = Fals
     if not isinstance(config, TrainConfig):
         raise InputError(f"config is {config!r}, but must be a TrainConfig, like one of PRESETS")
     with jax.enable_x64(config.dtype == "float64"):
-        result = _train(config, path_of(workdir), changed_data=changed_data)
+        folder = make_folder(profile) if profile is not None and parallel.is_first() else None
+        result = _train(config, path_of(workdir), changed_data=changed_data, profile=folder)
     gc.collect()  # Only then JAX releases the batches that worker processes have shared; at exit it is too late.
     return result
 
 
-def _train(config, workdir, *, changed_data):
+def _train(config, workdir, *, changed_data, profile):
     train_source, eval_source = open_sources(config)
     info = describe_model(config, train_source)
     epoch = Epoch(len(train_source), parallel.plan_for_devices(config))
@@ -109,8 +114,7 @@ def _train(config, workdir, *, changed_data):
     data = Data(*map(take_fingerprint, (train_source, eval_source)))
     parallel.require_same("data", (data, info.num_classes, info.classes))
     supervision = load_supervision(config, train_source, info)
-    settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial", "frozen")}
-    module = checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
+    module = network_of(config, info)
     begun = checkpoint.has_steps(workdir)
     variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
     fresh = create_state(module, config, epoch, variables)
@@ -126,15 +130,18 @@ def _train(config, workdir, *, changed_data):
         if parallel.is_first():
             warn_of_pitfalls(config, epoch, train_source, eval_source)
         batches = fed_batches(train_source, config, epoch, start, total_steps, stored=supervision.stored)
-        step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=supervision.teacher))
+        step = map_step(module, config, epoch, teacher=supervision.teacher)
         constants = parallel.replicate(supervision.constants)
-        with MetricsLog(workdir, last_step=start) if parallel.is_first() else nullcontext() as log:
+        with (
+            MetricsLog(workdir, last_step=start) if parallel.is_first() else nullcontext() as log,
+            traced(lambda state, batch: step(state, batch, constants), profile, start) as traced_step,
+        ):
             if log and begun:
                 workdirs.record_start(workdir, config, info, data, continues=start < total_steps)
             run = Run(
                 config,
                 epoch,
-                step=lambda state, batch: step(state, batch, constants),
+                step=traced_step,
                 evaluate=make_evaluate(module, config, eval_source),
                 report=make_report(config, log, epoch, eval_source.classes),
                 checkpoints=checkpoints,
@@ -234,6 +241,17 @@ def describe_model(config, source):
         preprocess=config.preprocess,
         source={"config": dataclasses.asdict(config)},
     )
+
+
+def network_of(config, info):
+    """Return the ShuffleNetV2 that a run trains, from the TrainConfig and the ModelInfo of `describe_model`."""
+    settings = {name: getattr(config, name) for name in ("lowering", "remat", "initial", "frozen")}
+    return checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
+
+
+def map_step(module, config, epoch, *, teacher=None, devices=None):
+    """Return the step of a run as one call on a whole batch: `parallel.map_train_step` of `train_step`."""
+    return parallel.map_train_step(partial(train_step, module, config, epoch, teacher=teacher), devices)
 
 
 def items_of(state):
