@@ -90,6 +90,8 @@ def _found(name: str, find: Callable[[str, str], Any], sides: str) -> Any:
 def _find_tpus(name: str, _: str) -> Any:
     if find_spec("libtpu") is None:
         raise _missing(name, "libtpu", "tpu")
+    # libtpu belongs to one process at a time, as the chips do; several may compile.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
