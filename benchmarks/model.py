@@ -351,7 +351,7 @@ def onnx_file(resolution, width, folder, *, int8=False):
     import onnx
 
     from shufflenet_jax.config import TORCHVISION_EVAL
-    from shufflenet_jax.exports import graph, runtime
+    from shufflenet_jax.exports import graph, quantization, runtime
 
     path = folder / f"{width}_{resolution}{'_int8' if int8 else ''}.onnx"
     if not path.exists():
@@ -360,8 +360,9 @@ def onnx_file(resolution, width, folder, *, int8=False):
         model, activations = graph.make_model(*common)
         if int8:
             noise = np.random.default_rng(1).normal(size=(8, 3, resolution, resolution)).astype("f4")
-            quantization = runtime.calibrate(model, activations, lambda: [noise], runtime.weight_bits())
-            model, _ = graph.make_model(*common, quantization=quantization)
+            ranges = quantization.calibrate(runtime.watch(model, activations), lambda: [noise])
+            rounding = quantization.Quantization(ranges, 2 ** (runtime.weight_bits() - 1) - 1)
+            model, _ = graph.make_model(*common, quantization=rounding)
         onnx.save(model, path)
     return str(path)
 

@@ -5,7 +5,11 @@ import sys
 
 from .errors import InputError
 
-EXTRAS = {"torch": ("torch",), "export": ("onnx", "onnxruntime", "safetensors")}  # {extra: the packages it brings}
+EXTRAS = {  # {extra: the packages it brings}
+    "torch": ("torch",),
+    "export": ("onnx", "onnxruntime", "safetensors"),
+    "tflite": ("ai_edge_litert",),
+}
 
 
 def require_system() -> None:

@@ -56,7 +56,7 @@ def assert_network_is_pytorchs(dialect, table, folder, *, seed=0):
     deployed, weights = deploy(module, variables)
     assert_allclose(jax.jit(deployed.apply)(weights, single)[0], logits, rtol=0, atol=1e-5 * largest)
     model, _ = graph.make_model(module, variables, FEWER_PIXELS)
-    found = runtime.run(runtime.load(model), np.ascontiguousarray(single.transpose(0, 3, 1, 2)))
+    (found,) = runtime.run(runtime.load(model), np.ascontiguousarray(single.transpose(0, 3, 1, 2)))
     assert_allclose(found, logits, rtol=0, atol=1e-5 * largest)
 
 

@@ -275,6 +275,7 @@ def test_commands_compile_in_memory_where_the_cache_takes_nothing(tmp_path):
     ("package", "main", "argv"),
     [
         ("onnx", export.main, ("NET", "--format", "onnx", "--out", "OUT")),
+        ("ai_edge_litert", export.main, ("NET", "--format", "tflite", "--out", "OUT")),
         ("safetensors", export.main, ("NET", "--format", "safetensors", "--out", "OUT")),
         ("matplotlib", predict.main, ("IMAGE", "--checkpoint", "NET", "--save-picture", "OUT")),
     ],
@@ -288,7 +289,7 @@ def test_a_missing_package_is_named(package, main, argv, weights, tmp_path, monk
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for name in ("plots", "exports.graph", "exports.runtime", "exports.stablehlo"):
+    for name in ("plots", *(f"exports.{name}" for name in ("graph", "runtime", "stablehlo", "tflite", "litert"))):
         monkeypatch.delitem(sys.modules, f"shufflenet_jax.{name}", raising=False)
     assert package in refused(main, *(places.get(word, word) for word in argv)).split(": ", 1)[1]
     assert os.listdir(tmp_path) == ["image.png"]

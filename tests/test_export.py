@@ -20,7 +20,7 @@ from shufflenet_jax.config import MMPRETRAIN_EVAL, ModelInfo, Preprocess
 from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import eval_batches
 from shufflenet_jax.data.sources import open_source
-from shufflenet_jax.exports import graph, runtime
+from shufflenet_jax.exports import graph, quantization, runtime, speed
 from shufflenet_jax.exports.agreement import TOLERANCE, last, measure_agreement
 from shufflenet_jax.exports.tensors import metadata_of
 from shufflenet_jax.loading import load_model
@@ -199,14 +199,16 @@ def test_the_comparison_finds_the_one_logit_that_differs_and_leaves_padding_out(
     batch = {"images": np.arange(4), "mask": np.array([1.0, 1, 1, 0]), "labels": labels}
     other = logits.copy()
     other[3] = np.nan  # Padding.
-    found = measure_agreement(lambda images: logits[images], lambda images: other[images], [batch, batch])
+    found = measure_agreement(lambda images: [logits[images]], lambda images: [other[images]], [batch, batch])
     assert found.passed and found.difference == 0 and found.images == 6 and found.agreeing == 6
     assert found.ours == found.theirs == (4, 6)
     for much, passed in ((0.5, True), (2, False)):
         other[1, 7] = logits[1, 7] + much * TOLERANCE * np.abs(logits[:3]).max()
-        assert measure_agreement(lambda images: logits[images], lambda images: other[images], [batch]).passed == passed
+        assert (
+            measure_agreement(lambda images: [logits[images]], lambda images: [other[images]], [batch]).passed == passed
+        )
     other[1] = -logits[1]
-    found = measure_agreement(lambda images: logits[images], lambda images: other[images], [batch])
+    found = measure_agreement(lambda images: [logits[images]], lambda images: [other[images]], [batch])
     assert not found.passed and found.agreeing == 2 and found.ours[0] == 2 and found.theirs[0] == 1
     assert found.difference == pytest.approx(2 * np.abs(logits[1]).max())
 
@@ -217,7 +219,7 @@ def test_bad_input_is_one_line_and_writes_nothing(ten_classes, tmp_path, refused
     cut.write_bytes(b"PK\x03\x04 no more")
     out = ("--out", tmp_path / "net")
     cases = {
-        (model, "--format", "tflite", *out): "--format",
+        (model, "--format", "coreml", *out): "--format",
         (model, *out): "--format",
         (tmp_path / "none", "--format", "onnx", *out): "no model at",
         (cut, "--format", "onnx", *out): "damaged",
@@ -226,11 +228,17 @@ def test_bad_input_is_one_line_and_writes_nothing(ten_classes, tmp_path, refused
         (model, "--format", "onnx", "--data", tmp_path / "none", *out): "no data at",
         (model, "--format", "onnx", "--data", "digits", *out): "other classes",
         (model, "--format", "onnx", "--int8", tmp_path / "none", *out): "no data at",
-        (model, "--format", "stablehlo", "--int8", data, *out): "--int8 is for --format onnx",
+        (model, "--format", "stablehlo", "--int8", data, *out): "--int8 is for --format onnx, tflite, not stablehlo",
         (model, "--format", "onnx", "--weight-bits", "7", *out): "--weight-bits is for --int8",
         (model, "--format", "onnx", "--limit", "3", *out): "choose from --data",
-        (model, "--format", "safetensors", "--with-preprocessing", *out): "weights alone",
-        (model, "--format", "torchvision", "--batch", "3", *out): "weights alone",
+        (model, "--format", "safetensors", "--with-preprocessing", *out): "not safetensors",
+        (model, "--format", "torchvision", "--batch", "3", *out): "not torchvision",
+        (model, "--format", "megvii", "--features", *out): "not megvii",
+        (model, "--format", "onnx", "--resolution", "224", *out): "HEIGHTxWIDTH",
+        (model, "--format", "onnx", "--resolution", "0x224", *out): "HEIGHTxWIDTH",
+        (model, "--format", "onnx", "--int8", *out): "give it DATA",
+        (model, "--format", "tflite", "--int8", "--int8-split", "val", *out): "give it DATA",
+        (model, "--format", "tflite", "--int8", "--weight-bits", "7", *out): "--weight-bits is for --format onnx",
         (model, "--format", "onnx", "--out", tmp_path): "is a folder",
         (model, "--format", "onnx", "--out", model / "model.json" / "x"): "cannot be written",
     }
@@ -244,7 +252,7 @@ def test_bad_input_is_one_line_and_writes_nothing(ten_classes, tmp_path, refused
 
 
 def test_int8_prints_accuracy_and_speed_before_and_after_and_leaves_one_file(small, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(runtime, "SECONDS", 0.01)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     out = exported(call, small, "--format", "onnx", "--int8", "digits", "--data", "digits", "--with-preprocessing")
     assert [path.name for path in tmp_path.iterdir()] == ["net-int8.onnx"]
@@ -264,7 +272,7 @@ def test_weights_get_7_bits_where_a_cpu_might_saturate(small, tmp_path, call, mo
     assert runtime.weight_bits(tmp_path / "none", "x86_64") == 7  # Another system.
     assert runtime.weight_bits(tmp_path / "none", "arm64") == 8
 
-    monkeypatch.setattr(runtime, "SECONDS", 0.01)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
     argv = (small, "--format", "onnx", "--int8", "digits", "--weight-bits", 7, "--out", tmp_path / "net.onnx")
     exported(call, *argv)
     assert max(np.abs(kernel).max() for kernel in whole_kernels(tmp_path / "net.onnx")) == 63
@@ -276,11 +284,11 @@ def whole_kernels(path):
 
 
 def test_the_range_of_an_activation_leaves_outliers_out_and_even_values_in():
-    even = np.ones(runtime.BINS)
-    assert runtime.best_range(even, -1.0, 3.0) == (-1.0, 3.0)
-    rare = np.zeros(runtime.BINS)
-    rare[: runtime.BINS // 4], rare[-1] = 1e6, 1
-    least, largest = runtime.best_range(rare, 0.0, 8.0)
+    even = np.ones(quantization.BINS)
+    assert quantization.best_range(even, -1.0, 3.0) == (-1.0, 3.0)
+    rare = np.zeros(quantization.BINS)
+    rare[: quantization.BINS // 4], rare[-1] = 1e6, 1
+    least, largest = quantization.best_range(rare, 0.0, 8.0)
     # A quarter of the range would lose the one outlier at a cost of 6^2; the rest would gain 15/16 of 1e-3 each.
     assert least == 0 and largest < 4
 

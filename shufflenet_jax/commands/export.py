@@ -1,29 +1,30 @@
 """`python -m shufflenet_jax export`: a trained network as a file for another runtime, compared there on real images."""
 
+import argparse
 import dataclasses
-import importlib.metadata
 import logging
+import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from .. import progress
-from ..data import normalization
 from ..data.inventory import report_notes
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
-from ..exports.agreement import TOLERANCE, last, measure_agreement, nchw, nhwc, photographs
-from ..exports.tensors import metadata_of
+from ..exports import speed
+from ..exports.agreement import TOLERANCE, measure_agreement, photographs
+from ..exports.formats import FORMATS, normalized, run_ours
+from ..exports.network import Signature
+from ..exports.quantization import Quantization, calibrate
 from ..files import path_of, written_aside
 from ..inference import Model
 from ..installation import require_packages
 from ..loading import load_model
-from ..porting.dialects import DIALECTS
+from .console import libraries_silent
 from .parsing import CommandLine, positive_integer, program_of
 from .publish import without_places
 
@@ -33,12 +34,10 @@ DESCRIPTION = (
     "Write a network for another runtime. The file is loaded there again and compared with ours on real images; where "
     "they differ by more than rounding, exit is 1 and nothing is written."
 )
-GRAPHS = {"stablehlo": ".stablehlo", "onnx": ".onnx"}  # Formats that hold the computation: their endings.
-ENDINGS = {**GRAPHS, "safetensors": ".safetensors", **{dialect: f"-{dialect}.pth" for dialect in DIALECTS}}
-NEEDED = {"stablehlo": (), "onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}  # Others: PyTorch.
 BATCH = 16  # Images a step of the comparison, where the file takes any number.
 MOST_CALIBRATION = 500  # Images; more change the ranges little.
 TIMED = (1, 32)
+WITHOUT_DATA = "dynamic"  # --int8 without images.
 
 
 class Differs(Exception):
@@ -47,136 +46,92 @@ class Differs(Exception):
 
 def main(argv):
     options = parse(argv)
-    require_packages(*NEEDED.get(options.format, ("torch",)))
+    require_packages(*FORMATS[options.format].packages)
     out = path_of(options.out or default_name(options))
-    model = Model(*load_model(options.checkpoint, ema=options.ema))
+    model = at_resolution(Model(*load_model(options.checkpoint, ema=options.ema)), options.resolution)
     model.info = dataclasses.replace(model.info, source=without_places(model.info.source))
     opened = partial(open_source, data_dir=options.data_dir)
     if model.info.num_classes:
         opened = partial(opened, classes=model.info.classes, num_classes=model.info.num_classes)
     # Opened first: what cannot be read should not cost the rest.
     data = opened(options.data, options.split) if options.data else None
-    calibration = opened(options.int8, options.int8_split) if options.int8 else None
+    with_images = options.int8 not in (None, WITHOUT_DATA)
+    calibration = opened(options.int8, options.int8_split) if with_images else None
     report_notes(note for source in (data, calibration) if source for note in source.notes)
     try:
         with written_aside(out) as draft:
-            told = exported(options, model, data, calibration, draft)
+            difference = exported(options, model, data, calibration, draft)
             size = draft.stat().st_size
     except Differs as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"wrote {out}: {size / 1e6:.2f} MB, {told}")
+    print(f"wrote {out}: {size / 1e6:.2f} MB, {difference}")
     return 0
+
+
+def at_resolution(model, resolution):
+    """The Model for images of another (height, width): as large a square is prepared, whose middle they are."""
+    if resolution:
+        preprocess = model.info.preprocess.with_side(max(resolution))
+        model.info = dataclasses.replace(model.info, preprocess=preprocess, metrics=None)
+        logger.info("images are prepared with a short side of %d pixels, then cut in the middle", preprocess.resize)
+    return model
 
 
 def exported(options, model, data, calibration, draft):
     """Writes and compares the file; returns how far it is from ours in words. Raises Differs if that is too far."""
+    form, signature = FORMATS[options.format], signature_of(options)
     try:
-        written = WRITERS.get(options.format, write_torch)(options, model, draft)
+        with libraries_silent():  # LiteRT announces what it computes with.
+            written = form.write(draft, model, signature)
+        difference = checked(options, model, data, written, exact=True)
+        if options.int8:
+            with_8_bits = form.write(draft, model, signature, quantized(options, model, calibration))
+            difference = checked(options, model, data, with_8_bits, exact=False)
+            report_speed(signature, model, {"float32": written, "int8": with_8_bits})
     except ImportError as error:
         again = "pip install --force-reinstall 'shufflenet_jax[all]'"
         raise InputError(f"--format {options.format} cannot be written: {error}; run {again}") from error
-    told = checked(options, model, data, written, exact=True)
-    if calibration:
-        with_8_bits = write_8_bits(options, model, calibration, draft)
-        told = checked(options, model, data, with_8_bits, exact=False)
-        tell_speed(options, model, {"float32": written.session, "int8": with_8_bits.session})
-    return told
+    return difference
 
 
-class Written(NamedTuple):
-    """A file that is loaded again."""
-
-    called: str  # The runtime.
-    run: object  # A function of uint8 images (B, H, W, C) to outputs.
-    session: object = None  # ONNX Runtime's.
+def signature_of(options):
+    batch = FORMATS[options.format].batch if options.batch is None else options.batch
+    batch = None if batch == "any" else batch
+    return Signature(batch, options.resolution, options.with_preprocessing, options.features)
 
 
-def write_stablehlo(options, model, draft):
-    from ..exports import stablehlo
+def quantized(options, model, source):
+    """The Quantization: with ranges that are chosen on images, or without."""
+    if source is None:
+        return Quantization(None, 127)
+    bits = weight_bits(options)
+    print(f"weights in {bits} bits, activations in 8")
+    watched = FORMATS[options.format].watch(model, signature_of(options))
+    count = min(len(source), MOST_CALIBRATION)
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
+    images = dataclasses.replace(source, size=count, read=lambda index: source[int(chosen[index])])
+    with progress.bar(total=2 * count, unit="image", description="calibrating") as bar:
 
-    stablehlo.save(draft, model, batch=options.batch, with_preprocessing=options.with_preprocessing)
-    run = stablehlo.load(draft)
-    return Written(f"JAX {jax.__version__}, re-loaded", lambda images: run(taken(options, model, images)))
+        def batches():
+            for batch in counted(eval_batches(images, model.info.preprocess, batch_size=BATCH), bar):
+                real = batch["mask"] > 0
+                yield normalized(model, in_the_middle(batch["images"][real], options.resolution))
 
-
-def write_onnx(options, model, draft, quantization=None):
-    import onnx
-
-    from ..exports import graph, runtime
-
-    settings = {"batch": options.batch, "with_preprocessing": options.with_preprocessing}
-    made, _ = graph.make_model(
-        model.module,
-        model.variables,
-        model.info.preprocess,
-        **settings,
-        quantization=quantization,
-        metadata=metadata_of(model.info),
-    )
-    onnx.save(made, draft)
-    session = runtime.load(draft)
-    called = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}" + (", int8" if quantization else "")
-
-    def run(images):
-        images = taken(options, model, images)
-        return nhwc(runtime.run(session, images if options.with_preprocessing else nchw(images)))
-
-    return Written(called, run, session)
+        return Quantization(calibrate(watched.watch, batches, watched.groups), 2 ** (bits - 1) - 1)
 
 
-def write_8_bits(options, model, source, draft):
-    """Replaces the float32 file by one that computes in 8 bits, in ranges found on images."""
-    from ..exports import graph, runtime
+def weight_bits(options):
+    if "weight_bits" not in FORMATS[options.format].arguments:
+        return 8
+    from ..exports import runtime
 
     bits = options.weight_bits or runtime.weight_bits()
     if bits == 7 and not options.weight_bits:
         logger.warning(
             "this CPU shows no VNNI, without which sums of 8-bit products saturate: weights get 7 bits (--weight-bits)"
         )
-    print(f"weights in {bits} bits, activations in 8")
-    count = min(len(source), MOST_CALIBRATION)
-    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
-    images = dataclasses.replace(source, size=count, read=lambda index: source[int(chosen[index])])
-    plain, activations = graph.make_model(model.module, model.variables, model.info.preprocess)
-    with progress.bar(total=2 * count, unit="image", description="calibrating") as bar:
-
-        def batches():
-            for batch in eval_batches(images, model.info.preprocess, batch_size=BATCH):
-                real = batch["mask"] > 0
-                yield nchw(normalized(model, batch["images"][real]))
-                bar.update(int(real.sum()))
-
-        quantization = runtime.calibrate(plain, activations, batches, bits)
-    return write_onnx(options, model, draft, quantization)
-
-
-def write_safetensors(options, model, draft):
-    from ..exports import tensors
-
-    tensors.save_safetensors(draft, model)
-    again = Model(*tensors.read_safetensors(draft))
-    return Written("Flax, from safetensors", lambda images: last(*again.outputs(images)))
-
-
-def write_torch(options, model, draft):
-    from ..exports import tensors
-
-    tensors.save_torch(draft, model, options.format)
-    run = tensors.load_torch(draft, model, options.format)
-    return Written("PyTorch", lambda images: last(*run(normalized(model, images))))
-
-
-WRITERS = {"stablehlo": write_stablehlo, "onnx": write_onnx, "safetensors": write_safetensors}  # Others are PyTorch's.
-
-
-def taken(options, model, images):
-    """uint8 images as the file takes them, channels last."""
-    return images if options.with_preprocessing else normalized(model, images)
-
-
-def normalized(model, images):
-    return np.asarray(normalization.normalize(images, model.info.preprocess))
+    return bits
 
 
 def checked(options, model, data, written, *, exact):
@@ -185,25 +140,43 @@ def checked(options, model, data, written, *, exact):
     Raises:
       Differs: by more than rounding, where it is `exact`.
     """
-    batch = options.batch or BATCH
+    signature = signature_of(options)
+    batch = signature.batch or BATCH
     if data:
         total = min(options.limit or len(data), len(data))
         batches = eval_batches(data, model.info.preprocess, batch_size=batch, limit=total)
     else:
         batches = list(photographs(model, batch))
         total = int(sum(batch["mask"].sum() for batch in batches))
+    with_accuracy = bool(data and model.info.num_classes and not signature.features)
     with progress.bar(total=total, unit="image", description="comparing") as bar:
-        found = measure_agreement(lambda images: last(*model.outputs(images)), written.run, counted(batches, bar))
-    away = f"largest difference {found.difference:.1e}, {found.share:.1e} of the largest output ({found.largest:.4g})"
-    if exact and not found.passed:
-        raise Differs(f"{written.called} gives something else: {away}, not {TOLERANCE:.0e} of it: nothing written")
+        shown = (
+            {name: values for name, values in batch.items() if with_accuracy or name != "labels"}
+            | {"images": in_the_middle(batch["images"], signature.size)}
+            for batch in counted(batches, bar)
+        )
+        agreement = measure_agreement(partial(run_ours, model, signature), written, shown)
+    share = f"{agreement.share:.1e} of the largest output ({agreement.largest:.4g})"
+    difference = f"largest difference {agreement.difference:.1e}, {share}"
+    if exact and not agreement.passed:
+        raise Differs(
+            f"{written.called} gives something else: {difference}, not {TOLERANCE:.0e} of it: nothing written"
+        )
     what = "images" if data else "parts of two photographs (accuracy needs --data)"
-    print(f"{written.called}, {found.images} {what}: {away}")
-    if data and model.info.num_classes:
-        for called, (top1, top5) in {"JAX": found.ours, written.called: found.theirs}.items():
+    print(f"{written.called}, {agreement.images} {what}: {difference}")
+    if with_accuracy:
+        for called, (top1, top5) in {"JAX": agreement.ours, written.called: agreement.theirs}.items():
             print(f"{called:32} {top1} top-1, {top5} top-5 correct")
-        print(f"{'the same first class':32} {found.agreeing}")
-    return away
+        print(f"{'the same first class':32} {agreement.agreeing}")
+    return difference
+
+
+def in_the_middle(images, size):
+    """The central (height, width) of images (B, H, W, C); None is all of them."""
+    if size is None:
+        return images
+    top, left = ((whole - part) // 2 for whole, part in zip(images.shape[1:3], size, strict=True))
+    return images[:, top : top + size[0], left : left + size[1]]
 
 
 def counted(batches, bar):
@@ -212,17 +185,14 @@ def counted(batches, bar):
         bar.update(int(batch["mask"].sum()))
 
 
-def tell_speed(options, model, sessions):
-    """Prints how long each session takes."""
-    from ..exports import runtime
-
+def report_speed(signature, model, files):
+    """Prints how long each of {name: Written} takes."""
     preprocess = model.info.preprocess
-    for batch in [options.batch] if options.batch else TIMED:
-        pixels = np.random.default_rng(0).integers(
-            0, 256, (batch, preprocess.crop, preprocess.crop, preprocess.channels), np.uint8
-        )
-        images = taken(options, model, pixels)
-        times = runtime.milliseconds(sessions, images if options.with_preprocessing else nchw(images))
+    height, width = signature.size or (preprocess.crop, preprocess.crop)
+    for batch in [signature.batch] if signature.batch else TIMED:
+        shape = batch, height, width, preprocess.channels
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        times = speed.milliseconds({name: partial(file.run, file.takes(pixels)) for name, file in files.items()})
         print(f"batch {batch}: " + ", ".join(f"{name} {time:.2f} ms" for name, time in times.items()))
 
 
@@ -230,49 +200,76 @@ def default_name(options):
     """The checkpoint's name with the format's ending, here."""
     path = Path(options.checkpoint)
     stem = path.stem if path.suffix in (".pth", ".pt", ".safetensors") else path.name
-    return stem + ("-int8" if options.int8 else "") + ENDINGS[options.format]
+    return stem + ("-int8" if options.int8 else "") + FORMATS[options.format].ending
 
 
 def batch_size(text):
-    return None if text == "any" else positive_integer(text)
+    return text if text == "any" else positive_integer(text)
+
+
+def resolution(text):
+    """Read "224x320" as (224, 320), for `type=`."""
+    match = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, like 224x320")
+    return int(match[1]), int(match[2])
 
 
 def parse(argv):
     parser = CommandLine(prog=program_of("export"), description=DESCRIPTION)
-    told = (
+    help_text = (
         "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or a .safetensors file"
     )
-    parser.add_argument("checkpoint", help=told)
-    told = "stablehlo for JAX, onnx, safetensors, or the names of a PyTorch project"
-    parser.add_argument("--format", choices=ENDINGS, required=True, help=told)
+    parser.add_argument("checkpoint", help=help_text)
+    help_text = "stablehlo for JAX, onnx, tflite for phones, safetensors, or the names of a PyTorch project"
+    parser.add_argument("--format", choices=FORMATS, required=True, help=help_text)
     parser.add_argument(
         "--out", help="the file to write (default: the checkpoint's name with the format's ending, here)"
     )
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
-    told = "images a call: any, or a number, which is faster on CPUs in JAX (default: any)"
-    parser.add_argument("--batch", type=batch_size, metavar="any|N", default="any", help=told)
-    told = "take uint8 crops (batch, side, side, channels) in RGB or grey, and normalise them inside"
-    parser.add_argument("--with-preprocessing", action="store_true", help=told)
+    help_text = "images a call: any, or a number, which is faster on CPUs in JAX (default: any; of tflite 1)"
+    parser.add_argument("--batch", type=batch_size, metavar="any|N", help=help_text)
+    help_text = "take uint8 crops (batch, height, width, channels) in RGB or grey, and normalise them inside"
+    parser.add_argument("--with-preprocessing", action="store_true", help=help_text)
+    help_text = "height and width of the images in pixels (default: the square that the network was evaluated on)"
+    parser.add_argument("--resolution", type=resolution, metavar="HxW", help=help_text)
+    help_text = "put out stage2, stage3 and stage4 instead of logits, for a detector or another head"
+    parser.add_argument("--features", action="store_true", help=help_text)
     group = parser.add_argument_group("comparison")
-    told = "images on which both sides are compared, in any form of eval.py's --data (default: two photographs)"
-    group.add_argument("--data", help=told)
+    help_text = "images on which both sides are compared, in any form of eval.py's --data (default: two photographs)"
+    group.add_argument("--data", help=help_text)
     group.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
     group.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
     group.add_argument("--limit", type=positive_integer, help="compare on only that many images, the first ones")
-    group = parser.add_argument_group("8 bits", "For onnx: weights and activations in 8 bits, after training.")
-    told = f"images to choose the ranges of activations on, in any form of --data; at most {MOST_CALIBRATION} are read"
-    group.add_argument("--int8", metavar="DATA", help=told)
+    group = parser.add_argument_group(
+        "8 bits", "For onnx and tflite: weights and activations in 8 bits, after training."
+    )
+    help_text = (
+        f"images to choose the ranges of activations on, in any form of --data; at most {MOST_CALIBRATION} are read; "
+        "without DATA, for tflite: weights alone are stored in 8 bits, and activations rounded as they come"
+    )
+    group.add_argument("--int8", metavar="DATA", nargs="?", const=WITHOUT_DATA, help=help_text)
     group.add_argument("--int8-split", metavar="SPLIT", help="their part of the data (default: as for --split)")
-    told = "of the weights: 7 for CPUs without VNNI, on which 8 saturate (default: as this CPU wants them)"
-    group.add_argument("--weight-bits", type=int, choices=[7, 8], help=told)
+    help_text = "of the weights in onnx: 7 for CPUs without VNNI, on which 8 saturate (default: as this CPU wants them)"
+    group.add_argument("--weight-bits", type=int, choices=[7, 8], help=help_text)
     options = parser.parse_args(argv)
-    options.batch = None if options.batch == "any" else options.batch
-    if options.format not in GRAPHS and (options.batch or options.with_preprocessing):
-        raise InputError(f"--format {options.format} holds weights alone; leave --batch and --with-preprocessing out")
-    if options.int8 and options.format != "onnx":
-        raise InputError(f"--int8 is for --format onnx, not {options.format}")
+    require_consistent(options)
+    return options
+
+
+def require_consistent(options):
+    """Raise InputError where options do not go together."""
+    form = FORMATS[options.format]
+    for argument in sorted({argument for other in FORMATS.values() for argument in other.arguments}):
+        if getattr(options, argument) and argument not in form.arguments:
+            those = ", ".join(name for name, other in FORMATS.items() if argument in other.arguments)
+            option = f"--{argument.replace('_', '-')}"
+            raise InputError(f"{option} is for --format {those}, not {options.format}; leave it out")
+    if options.int8 == WITHOUT_DATA and not form.dynamic:
+        raise InputError(f"--int8 of --format {options.format} needs images: give it DATA")
     if options.weight_bits and not options.int8:
         raise InputError("--weight-bits is for --int8; add it, or leave both out")
+    if options.int8_split and options.int8 in (None, WITHOUT_DATA):
+        raise InputError("--int8-split chooses from the images of --int8; give it DATA, or leave it out")
     if not options.data and (options.split or options.limit):
         raise InputError("--split and --limit choose from --data; add it, or leave them out")
-    return options

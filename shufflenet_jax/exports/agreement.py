@@ -15,8 +15,8 @@ class Agreement(NamedTuple):
     """How an exported file's outputs differ from ours."""
 
     images: int
-    difference: float  # The largest of any output.
-    largest: float  # Output of ours.
+    difference: float  # The largest of any number of an output: of the one that differs most, if there are several.
+    largest: float  # Number of ours in that output.
     agreeing: int  # Images for which both say the same first class.
     ours: tuple  # (top-1, top-5) correct; (0, 0) without labels.
     theirs: tuple
@@ -34,31 +34,38 @@ def measure_agreement(ours, theirs, batches):
     """Run both on the same images.
 
     Args:
-      ours, theirs: functions of uint8 images (B, H, W, C) to outputs (B, ...), both as NumPy arrays.
+      ours, theirs: functions of uint8 images (B, H, W, C) to lists of outputs (B, ...), as NumPy arrays. Where
+        accuracy is to be counted, the first of them is the logits.
       batches: {"images", "mask"} and, where accuracy is to be counted, "labels", as `data.pipeline.eval_batches` has
         them.
     Returns:
       An Agreement.
     """
     images = agreeing = 0
-    difference = largest = 0.0
+    extremes = np.zeros((2, 1))  # Of each output: the largest difference, and number.
     correct = np.zeros((2, 2), int)
     for batch in batches:
         real = batch["mask"] > 0
-        both = [np.asarray(function(batch["images"]), np.float64)[real] for function in (ours, theirs)]
+        both = [
+            [np.asarray(output, np.float64)[real] for output in function(batch["images"])]
+            for function in (ours, theirs)
+        ]
         with np.errstate(invalid="ignore"):  # Infinities differ by NaN, which np.maximum, unlike max, keeps.
-            difference = np.maximum(difference, np.abs(both[0] - both[1]).max())
-        largest = np.maximum(largest, np.abs(both[0]).max())
+            differences = [np.abs(our - their).max() for our, their in zip(*both, strict=True)]
+        extremes = np.maximum(extremes, [differences, [np.abs(output).max() for output in both[0]]])
         images += int(real.sum())
         if "labels" in batch:
-            ranks = [np.asarray(label_ranks(outputs, batch["labels"][real])) for outputs in both]
+            logits = [outputs[0] for outputs in both]
+            ranks = [np.asarray(label_ranks(outputs, batch["labels"][real])) for outputs in logits]
             correct += [[int((rank < most).sum()) for most in (1, 5)] for rank in ranks]
-            agreeing += int((both[0].argmax(1) == both[1].argmax(1)).sum())
-    return Agreement(images, float(difference), float(largest), agreeing, *map(tuple, correct.tolist()))
+            agreeing += int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
+    with np.errstate(invalid="ignore"):
+        worst = int(np.argmax(extremes[0] / np.where(extremes[1] > 0, extremes[1], 1)))  # NaN counts as the largest.
+    return Agreement(images, *map(float, extremes[:, worst]), agreeing, *map(tuple, correct.tolist()))
 
 
 def last(logits, features):
-    """What an export puts out: logits, or of backbones the last feature."""
+    """What weights alone are compared by: logits, or of backbones the last feature."""
     return logits if logits is not None else features.get("pooled", features["stage4"])
 
 

@@ -10,31 +10,34 @@ from jax import lax
 
 from ..deploy import Deployed, deploy
 from ..forward import forward
-from .agreement import last
+from .network import outputs_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def save(path, model, *, batch=None, with_preprocessing=False):
-    """Writes a Model: float32 images (batch, side, side, C), or uint8 crops with preprocessing, to logits.
+def save(path, model, *, batch=None, size=None, with_preprocessing=False, features=False):
+    """Writes a Model: float32 images (batch, height, width, C), or uint8 crops with preprocessing, to logits.
 
     The file holds one set of weights, batch norm folded, and two lowerings of their network: the platform that it runs
-    on takes the one that is faster there. A `batch` of None leaves the number of images open.
+    on takes the one that is faster there. A `batch` of None leaves the number of images open, a `size` of None is the
+    preprocessing's square, and with `features` it returns {stage: its output} instead of logits.
     """
     preprocess, module = model.info.preprocess, model.module
+    names = outputs_of(module, features=features)
     weights = deploy(module, model.variables)[1]
 
     def predict(lowering, weights, images):
         deployed = Deployed(module.clone(lowering=lowering))
-        logits, features = forward(deployed, preprocess, weights, images)
-        return last(logits, features)
+        logits, stages = forward(deployed, preprocess, weights, images)
+        outputs = {name: {**stages, "logits": logits}[name] for name in names}
+        return outputs if features else outputs[names[0]]
 
     def network(images):
         lowerings = {"cpu": partial(predict, "cpu"), "default": partial(predict, "reference")}
         return lax.platform_dependent(weights, images, **lowerings)
 
     (rows,) = jax.export.symbolic_shape("batch") if batch is None else (batch,)
-    shape = (rows, preprocess.crop, preprocess.crop, preprocess.channels)
+    shape = (rows, *(size or (preprocess.crop, preprocess.crop)), preprocess.channels)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if with_preprocessing else jnp.float32)
     Path(path).write_bytes(jax.export.export(jax.jit(network), platforms=PLATFORMS)(images).serialize())
 

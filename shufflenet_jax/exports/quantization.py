@@ -1,0 +1,104 @@
+"""8 bits for graphs of any format: ranges of activations, chosen on images, and weights as multiples of a step."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+LEVELS = 255  # Steps of an activation in 8 bits.
+BINS = 2048
+SHARES = np.linspace(0.3, 1, 71)  # Of the whole range of an activation: what 8 bits may stand for.
+FEW_PIXELS = 16  # Every so many values of an activation are looked at for its histogram.
+
+
+class Quantization(NamedTuple):
+    """How a graph computes in 8 bits."""
+
+    # {activation: (least, largest) value that its 8 bits stand for}; None: weights alone have 8 bits, and activations
+    # are rounded as they come.
+    ranges: dict | None
+    largest_weight: int  # 127, or 63 where products of 8 bits would overflow.
+
+
+class Rounding(NamedTuple):
+    """An activation's 8 bits: `scale` times what they are above `zero`, from 0 to LEVELS."""
+
+    scale: np.float32
+    zero: int
+
+
+def rounding_of(least: float, largest: float) -> Rounding:
+    """Return the Rounding for a range; zero is a level of its own, so that padding with it shifts nothing."""
+    least, largest = min(least, 0.0), max(largest, 1e-6)
+    scale = np.float32((largest - least) / LEVELS)
+    return Rounding(scale, int(np.clip(round(-least / scale), 0, LEVELS)))
+
+
+def round_weights(
+    kernel: np.ndarray, bias: np.ndarray | None, unit: float | None, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Round a layer's weights, each output channel in steps of its own.
+
+    Args:
+      kernel: (O, ...).
+      bias: (O,), or None.
+      unit: the scale of the layer's input; None where that stays in float32.
+      most: the largest multiple of a step, 127 or 63.
+    Returns:
+      (int8 kernel, its steps (O,) float32, int32 bias in multiples of steps and unit, or None).
+    """
+    steps = np.abs(kernel).reshape(len(kernel), -1).max(1) / most
+    if bias is not None and unit:
+        steps = np.maximum(steps, np.abs(bias) / unit / 2**30)  # Biases are 32-bit multiples of both scales.
+    steps = np.maximum(steps, 1e-12).astype(np.float32)
+    rounded = np.clip(np.round(kernel / steps.reshape(-1, *[1] * (kernel.ndim - 1))), -most, most).astype(np.int8)
+    if bias is None or unit is None:
+        return rounded, steps, None
+    return rounded, steps, np.round(bias / (unit * steps).astype(np.float64)).astype(np.int32)
+
+
+def calibrate(
+    watch: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    batches: Callable[[], Iterable[np.ndarray]],
+    groups: Mapping[str, str] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Choose the range of each activation within which rounding and, beyond it, clipping make the least squared error.
+
+    Two passes: the first finds the extremes, the second a histogram between them.
+
+    Args:
+      watch: a function of a batch of images to all activations, channels first.
+      batches: a function that returns the batches of images.
+      groups: {activation: the group whose range it shares}; None gives each one a range of its own.
+    Returns:
+      {activation: (least, largest)}.
+    """
+    group_of = dict(groups or {})
+    extremes: dict[str, tuple[float, float]] = {}
+    counts: dict[str, np.ndarray] = {}
+    for images in batches():
+        for name, array in watch(images).items():
+            group = group_of.setdefault(name, name)
+            least, largest = extremes.get(group, (0.0, 0.0))
+            extremes[group] = min(least, float(array.min())), max(largest, float(array.max()))
+    for images in batches():
+        for name, array in watch(images).items():
+            group = group_of[name]
+            counted = np.histogram(array.ravel()[::FEW_PIXELS], BINS, extremes[group])[0]
+            counts[group] = counts.get(group, np.zeros(BINS, np.int64)) + counted
+    ranges = {group: best_range(counts[group], *extremes[group]) for group in extremes}
+    return {name: ranges[group] for name, group in group_of.items() if group in ranges}
+
+
+def best_range(counts: np.ndarray, least: float, largest: float) -> tuple[float, float]:
+    """Return the (least, largest) share of a histogram's range whose 8 bits err least in the square."""
+    edges = np.linspace(least, largest, len(counts) + 1)
+    middles, best = (edges[1:] + edges[:-1]) / 2, (np.inf, (least, largest))
+    for share in SHARES[::-1]:
+        step = (largest - least) * share / LEVELS
+        if step == 0:
+            break
+        levels = np.clip(np.round(middles / step), np.round(least * share / step), np.round(largest * share / step))
+        error = float(counts @ np.square(levels * step - middles))
+        best = min(best, (error, (least * share, largest * share)), key=lambda candidate: candidate[0])
+    return best[1]
