@@ -104,20 +104,34 @@ def file_of(name: str, folder: Path | None = None) -> Path:
     """
     published = find(name)
     target = _place_of(name, folder)
-    if target.exists():  # Perhaps put there by hand.
-        if not hash_of(target).startswith(published.sha256):
-            raise InputError(f"{target} is another file: its sha256 does not begin with {published.sha256}; remove it")
-        return target
-    place = os.environ.get(MIRROR) or published.place
-    if place is None:
+    if published.place is None and not (os.environ.get(MIRROR) or target.exists()):
         raise InputError(
             f"{name} cannot be downloaded by a program: get {published.file} from its authors, and give its path, or "
             f"put it at {target}"
         )
-    url = f"{place.rstrip('/')}/{published.file}"
+    return downloaded(published.file, published.place, published.sha256, folder)
+
+
+def downloaded(file: str, place: str | None, sha256: str, folder: Path | None = None) -> Path:
+    """Return the path of a file, downloaded on first use.
+
+    Args:
+      file: its name.
+      place: URL of the folder that holds it, unless SHUFFLENET_JAX_MIRROR names another.
+      sha256: how its hash begins.
+      folder: where to keep it; by default the cache.
+    Raises:
+      InputError: it cannot be fetched, or another file came; nothing is left behind.
+    """
+    target = (folder or cache_dir() / "downloads") / file
+    if target.exists():  # Perhaps put there by hand.
+        if not hash_of(target).startswith(sha256):
+            raise InputError(f"{target} is another file: its sha256 does not begin with {sha256}; remove it")
+        return target
+    url = f"{(os.environ.get(MIRROR) or place or '').rstrip('/')}/{file}"
     with locked(target):
         if not target.exists():
-            _download(url, target, published.sha256)
+            _download(url, target, sha256)
     return target
 
 

@@ -1,6 +1,7 @@
 """`python -m shufflenet_jax export`: a trained network as a file for another runtime, compared there on real images."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import re
@@ -16,10 +17,12 @@ from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
 from ..exports import speed
-from ..exports.agreement import TOLERANCE, measure_agreement, photographs
+from ..exports.agreement import TOLERANCE, in_the_middle, measure_agreement, photographs
+from ..exports.browser import BrowserError
 from ..exports.formats import FORMATS, normalized, run_ours
 from ..exports.network import Signature
 from ..exports.quantization import Quantization, calibrate
+from ..exports.web import require_own
 from ..files import path_of, written_aside
 from ..inference import Model
 from ..installation import require_packages
@@ -46,8 +49,11 @@ class Differs(Exception):
 
 def main(argv):
     options = parse(argv)
-    require_packages(*FORMATS[options.format].packages)
-    out = path_of(options.out or default_name(options))
+    form = FORMATS[options.format]
+    require_packages(*form.packages)
+    out, folder = path_of(options.out or default_name(options)), form.folder and not options.single_file
+    if folder and out.is_dir():
+        require_own(out)
     model = at_resolution(Model(*load_model(options.checkpoint, ema=options.ema)), options.resolution)
     model.info = dataclasses.replace(model.info, source=without_places(model.info.source))
     opened = partial(open_source, data_dir=options.data_dir)
@@ -59,9 +65,12 @@ def main(argv):
     calibration = opened(options.int8, options.int8_split) if with_images else None
     report_notes(note for source in (data, calibration) if source for note in source.notes)
     try:
-        with written_aside(out) as draft:
+        with written_aside(out, folder=folder) as draft:
             difference = exported(options, model, data, calibration, draft)
-            size = draft.stat().st_size
+            size = sum(path.stat().st_size for path in ([*draft.iterdir()] if folder else [draft]))
+    except BrowserError as error:
+        print(f"{error}: nothing written", file=sys.stderr)
+        return 1
     except Differs as error:
         print(error, file=sys.stderr)
         return 1
@@ -83,8 +92,9 @@ def exported(options, model, data, calibration, draft):
     form, signature = FORMATS[options.format], signature_of(options)
     try:
         with libraries_silent():  # LiteRT announces what it computes with.
-            written = form.write(draft, model, signature)
-        difference = checked(options, model, data, written, exact=True)
+            written = form.write(draft, model, signature, **{name: getattr(options, name) for name in form.settings})
+        with contextlib.closing(written):
+            difference = checked(options, model, data, written, exact=True)
         if options.int8:
             with_8_bits = form.write(draft, model, signature, quantized(options, model, calibration))
             difference = checked(options, model, data, with_8_bits, exact=False)
@@ -171,14 +181,6 @@ def checked(options, model, data, written, *, exact):
     return difference
 
 
-def in_the_middle(images, size):
-    """The central (height, width) of images (B, H, W, C); None is all of them."""
-    if size is None:
-        return images
-    top, left = ((whole - part) // 2 for whole, part in zip(images.shape[1:3], size, strict=True))
-    return images[:, top : top + size[0], left : left + size[1]]
-
-
 def counted(batches, bar):
     for batch in batches:
         yield batch
@@ -200,7 +202,9 @@ def default_name(options):
     """The checkpoint's name with the format's ending, here."""
     path = Path(options.checkpoint)
     stem = path.stem if path.suffix in (".pth", ".pt", ".safetensors") else path.name
-    return stem + ("-int8" if options.int8 else "") + FORMATS[options.format].ending
+    return (
+        stem + ("-int8" if options.int8 else "") + (".html" if options.single_file else FORMATS[options.format].ending)
+    )
 
 
 def batch_size(text):
@@ -221,10 +225,12 @@ def parse(argv):
         "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or a .safetensors file"
     )
     parser.add_argument("checkpoint", help=help_text)
-    help_text = "stablehlo for JAX, onnx, tflite for phones, safetensors, or the names of a PyTorch project"
+    help_text = (
+        "stablehlo for JAX, onnx, tflite for phones, web for browsers, safetensors, or the names of a PyTorch project"
+    )
     parser.add_argument("--format", choices=FORMATS, required=True, help=help_text)
     parser.add_argument(
-        "--out", help="the file to write (default: the checkpoint's name with the format's ending, here)"
+        "--out", help="the file, or folder of web, to write (default: the checkpoint's name with an ending, here)"
     )
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     help_text = "images a call: any, or a number, which is faster on CPUs in JAX (default: any; of tflite 1)"
@@ -252,6 +258,12 @@ def parse(argv):
     group.add_argument("--int8-split", metavar="SPLIT", help="their part of the data (default: as for --split)")
     help_text = "of the weights in onnx: 7 for CPUs without VNNI, on which 8 saturate (default: as this CPU wants them)"
     group.add_argument("--weight-bits", type=int, choices=[7, 8], help=help_text)
+    group = parser.add_argument_group("web", "A page with onnxruntime-web, which is downloaded once into the cache.")
+    group.add_argument(
+        "--single-file", action="store_true", help="one file with all inside, which also opens from disk"
+    )
+    help_text = "the package of onnxruntime-web that npm pack brings, instead of the download"
+    group.add_argument("--runtime", metavar="FILE", type=path_of, help=help_text)
     options = parser.parse_args(argv)
     require_consistent(options)
     return options

@@ -1,5 +1,6 @@
 """Whether an exported file computes what our network does, on real images."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -79,12 +80,26 @@ def nhwc(outputs):
     return outputs.transpose(0, 2, 3, 1) if outputs.ndim == 4 else outputs
 
 
-def photographs(model, batch_size):
-    """Batches of parts of the two photographs inside scikit-learn, prepared for a Model: no labels."""
+def in_the_middle(images, size):
+    """The central (height, width) of images (B, H, W, C); None is all of them."""
+    if size is None:
+        return images
+    top, left = ((whole - part) // 2 for whole, part in zip(images.shape[1:3], size, strict=True))
+    return images[:, top : top + size[0], left : left + size[1]]
+
+
+def example_pictures():
+    """The photographs inside scikit-learn: {name: uint8 (H, W, 3)}."""
     from sklearn.datasets import load_sample_images
 
+    pictures = load_sample_images()
+    return dict(zip(map(os.path.basename, pictures.filenames), pictures.images, strict=True))
+
+
+def photographs(model, batch_size):
+    """Batches of parts of the two photographs inside scikit-learn, prepared for a Model: no labels."""
     crops = []
-    for picture in load_sample_images().images:
+    for picture in example_pictures().values():
         height, width = picture.shape[:2]
         halves = [slice(None), slice(height // 2), slice(height // 2, None)]
         crops += [model.preprocess(picture[rows, : width // 2 if rows.stop else None])[0] for rows in halves]

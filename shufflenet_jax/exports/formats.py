@@ -1,23 +1,29 @@
 """The formats of `export`, one entry of a table each: how a file is written, and run again to be compared."""
 
 import importlib.metadata
+import io
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from ..data import normalization
 from ..data.labels import class_name
 from ..inference import Model
 from ..porting.dialects import DIALECTS
-from .agreement import last, nchw, nhwc
+from .agreement import example_pictures, in_the_middle, last, nchw, nhwc
 from .network import Signature, outputs_of
 from .quantization import Quantization
 from .tensors import metadata_of
 
+logger = logging.getLogger(__name__)
+
+MOST_PIXEL_DIFFERENCE = 1  # Of 255, between a browser's preparation of a photograph and ours: one rounding.
 Outputs = Sequence[np.ndarray]
 
 
@@ -27,6 +33,7 @@ class Written(NamedTuple):
     called: str  # The runtime.
     run: Callable[[np.ndarray], Outputs]  # Outputs, channels last, of what the file takes, channels last.
     takes: Callable[[np.ndarray], np.ndarray]  # What the file takes, of uint8 images (B, H, W, C).
+    close: Callable[[], None] = lambda: None  # Ends what runs it.
 
     def __call__(self, images: np.ndarray) -> Outputs:
         return self.run(self.takes(images))
@@ -43,9 +50,11 @@ class Format(NamedTuple):
     """What there is to know of a format."""
 
     ending: str  # Of the file's name.
-    write: Callable[..., Written]  # Of (path, model, signature), and with 8 bits a Quantization.
+    write: Callable[..., Written]  # Of (path, model, signature), with 8 bits a Quantization, and its `settings`.
     packages: tuple[str, ...] = ()  # Of extras, that must be installed: see installation.py.
     arguments: frozenset[str] = frozenset()  # Of `export`, that not all formats take.
+    settings: tuple[str, ...] = ()  # Those arguments that `write` takes by their names.
+    folder: bool = False  # Whether it is a folder of files.
     batch: int | None = None  # Images a call where nothing is said; None: any number.
     watch: Callable[[Model, Signature], Watched] | None = None  # For 8 bits with ranges.
     dynamic: bool = False  # Whether there are 8 bits without ranges too.
@@ -147,6 +156,53 @@ def watch_tflite(model: Model, signature: Signature) -> Watched:
     return Watched(litert.watch(written.content, written.activations), written.groups)
 
 
+def write_web(
+    path: Path, model: Model, signature: Signature, *, runtime: Path | None = None, single_file: bool = False
+) -> Written:
+    from . import browser, graph, web
+    from . import runtime as onnx_runtime
+
+    web.require_classifier(model)
+    contents = web.runtime_files(runtime)
+    settings = signature._replace(batch=1, with_preprocessing=True)._asdict()
+    network, _ = graph.make_model(
+        model.module, model.variables, model.info.preprocess, **settings, metadata=described(model, signature)
+    )
+    contents["network"] = network.SerializeToString()
+    html = web.page_of(model, signature, contents, single=single_file)
+    web.write_page(path, html, contents, single=single_file)
+    if browser.find():
+        page = browser.Page(path)
+        require_same_pixels(model, signature, page)
+        return Written(f"{web.RUNTIME} in {browser.version()}", page.logits, np.asarray, page.close)
+    logger.warning(
+        "there is no Chromium here, in which the page would be compared; its network is compared in ONNX Runtime alone"
+    )
+    session = onnx_runtime.load(network)
+    run = partial(onnx_runtime.run, session)
+    one_by_one = lambda images: [np.concatenate([run(image[None])[0] for image in images])]  # noqa: E731
+    return Written(f"ONNX Runtime {version_of('onnxruntime')}", one_by_one, np.asarray)
+
+
+def require_same_pixels(model: Model, signature: Signature, page: Any) -> None:
+    """Raise BrowserError if a page prepares photographs in another way than we do."""
+    from .browser import BrowserError
+
+    for name, picture in example_pictures().items():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        ours = in_the_middle(model.preprocess(picture), signature.size)
+        try:
+            theirs = page.prepared(file.getvalue()).reshape(ours.shape)
+            difference = int(np.abs(theirs.astype(int) - ours).max())
+        except BrowserError:
+            page.close()
+            raise
+        if difference > MOST_PIXEL_DIFFERENCE:
+            page.close()
+            raise BrowserError(f"the page prepares {name} otherwise, by up to {difference} of 255")
+
+
 def write_safetensors(path: Path, model: Model, signature: Signature) -> Written:
     from . import tensors
 
@@ -181,6 +237,14 @@ FORMATS = {
         batch=1,
         watch=watch_tflite,
         dynamic=True,
+    ),
+    "web": Format(
+        "-web",
+        write_web,
+        packages=("onnx", "onnxruntime"),
+        arguments=frozenset({"resolution", "runtime", "single_file"}),
+        settings=("runtime", "single_file"),
+        folder=True,
     ),
     "safetensors": Format(".safetensors", write_safetensors, packages=("safetensors",)),
     **{dialect: Format(f"-{dialect}.pth", partial(write_torch, dialect), packages=("torch",)) for dialect in DIALECTS},
