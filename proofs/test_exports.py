@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,16 @@ def exported(tmp_path, data, *argv):
     return *map(float, found), [tuple(map(int, count)) for count in counts]
 
 
-CASES = [(form, data) for data in COUNTS for form in ("stablehlo", "onnx", "safetensors", "torchvision", "mmpretrain")]
+CASES = [
+    (form, data)
+    for data in COUNTS
+    for form in ("stablehlo", "onnx", "tflite", "safetensors", "torchvision", "mmpretrain")
+]
 
 
 @pytest.mark.parametrize(("form", "data"), CASES[: max(1, round(len(CASES) * SHARE))])
 def test_every_format_counts_all_images_as_we_do(form, data, tmp_path):
-    preprocessing = ["--with-preprocessing"] if form in ("onnx", "stablehlo") else []
+    preprocessing = ["--with-preprocessing"] if form in ("onnx", "stablehlo", "tflite") else []
     difference, share, counts = exported(tmp_path, data, "--format", form, *preprocessing)
     # The largest logit is 31; float32 rounds 6e-8 of it an operation.
     assert counts == [COUNTS[data]] * 2 and difference < 1e-4 and share < 3e-6
@@ -47,3 +52,23 @@ def test_8_bits_keep_the_accuracy(bits, tmp_path):
     *_, counts = exported(tmp_path, "imagenet-val227", *options)
     # 466 in float32; the same ranges give other counts by a few images on other CPUs, which round otherwise.
     assert counts[-1][0] >= 457, counts
+
+
+WAYS = {"dynamic": (["--int8"], 464, 2.7e6), "static": (["--int8", SHARED / "imagenet-original"], 458, 2.7e6)}
+
+
+@pytest.mark.parametrize("way", list(WAYS)[: max(1, round(len(WAYS) * SHARE))])
+def test_8_bits_of_tflite_keep_the_accuracy(way, tmp_path):
+    words, least, largest_file = WAYS[way]
+    *_, counts = exported(tmp_path, "imagenet-val227", "--format", "tflite", *words)
+    # 466 in float32; other CPUs round otherwise, by a few images.
+    assert counts[-1][0] >= least and (tmp_path / "net").stat().st_size <= largest_file
+
+
+def test_the_page_computes_what_we_do_on_real_images(tmp_path):
+    package = os.environ.get("ONNXRUNTIME_WEB")
+    if not (package and shutil.which("chromium")):
+        pytest.skip("needs Chromium, and in ONNXRUNTIME_WEB the package that npm pack onnxruntime-web brings")
+    words = ("--format", "web", "--runtime", package, "--limit", round(20 + 630 * SHARE))
+    difference, share, counts = exported(tmp_path, "imagenet-val227", *words)
+    assert counts[0] == counts[1] and difference < 1e-4 and share < 3e-6

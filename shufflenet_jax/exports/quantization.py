@@ -8,7 +8,8 @@ import numpy as np
 LEVELS = 255  # Steps of an activation in 8 bits.
 BINS = 2048
 SHARES = np.linspace(0.3, 1, 71)  # Of the whole range of an activation: what 8 bits may stand for.
-FEW_PIXELS = 16  # Every so many values of an activation are looked at for its histogram.
+# Of an activation of more values than FEW every SPARSE-th is looked at for its histogram.
+FEW, SPARSE = 2**15, 16
 
 
 class Quantization(NamedTuple):
@@ -84,7 +85,7 @@ def calibrate(
     for images in batches():
         for name, array in watch(images).items():
             group = group_of[name]
-            counted = np.histogram(array.ravel()[::FEW_PIXELS], BINS, extremes[group])[0]
+            counted = np.histogram(array.ravel()[:: SPARSE if array.size > FEW else 1], BINS, extremes[group])[0]
             counts[group] = counts.get(group, np.zeros(BINS, np.int64)) + counted
     ranges = {group: best_range(counts[group], *extremes[group]) for group in extremes}
     return {name: ranges[group] for name, group in group_of.items() if group in ranges}

@@ -107,7 +107,7 @@ def page_of(model: Model, signature: Signature, contents: Mapping[str, bytes], *
         inlined={part: _inlined(content) for part, content in contents.items()} if single else {},
         classes=classes,
         preparation=f"{words[0].upper()}{words[1:]}.",
-        source=info.source,
+        source=(info.source or {}).get("file"),
         runtime=RUNTIME,
         canvas=CANVAS,
     )
