@@ -95,7 +95,7 @@ def follow(page, call):
     """
     names, processes, told = {}, [], list(steps(page))
     for step in told:
-        if step.kind == "python":
+        if step.kind == "python" and not step.needs:
             text = step.text
             for usual, smaller in SMALLER.items():
                 text = text.replace(usual, smaller)

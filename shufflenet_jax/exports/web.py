@@ -28,8 +28,7 @@ FILES = {  # Of its package, by their parts in the page: (name, sha256). They co
     "script": ("ort.wasm.bundle.min.mjs", "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90"),
     "binary": ("ort-wasm-simd-threaded.wasm", "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"),
 }
-# What resizing on a canvas would change: proofs/test_exports.py measures it.
-CANVAS = "TODO"
+MOST_PIXELS = 16_000_000  # Of a picture: phones have no larger canvas.
 NAMES = {"network": "model.onnx", **{part: name for part, (name, _) in FILES.items()}}  # In the page's folder.
 PAGE = "index.html"
 DAMAGED_TAR = (tarfile.TarError, zlib.error, EOFError, OSError, KeyError)  # What tarfile raises.
@@ -109,7 +108,7 @@ def page_of(model: Model, signature: Signature, contents: Mapping[str, bytes], *
         preparation=f"{words[0].upper()}{words[1:]}.",
         source=(info.source or {}).get("file"),
         runtime=RUNTIME,
-        canvas=CANVAS,
+        most_pixels=MOST_PIXELS,
     )
 
 
