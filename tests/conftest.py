@@ -1,8 +1,10 @@
 """Switches of the whole suite, and the real data that some tests need."""
 
+import copyreg
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,9 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT))
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
+
+# Modules imported from here on check the types and shapes of arguments and results. As in PEP 484, an int is a float.
+CHECKED = ("shufflenet_jax.data", "shufflenet_jax.porting", "shufflenet_jax.preparation")
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Grain sends functions to worker processes. jaxtyping keeps a weak reference in each, which pickle does not support.
+copyreg.pickle(weakref.ReferenceType, lambda reference: (weakref.ref, (reference(),)))
+
 from small_training import few_units
 
 jax.config.update("jax_num_cpu_devices", 4)
