@@ -16,6 +16,7 @@ import torch
 from conftest import convert_network, lively_network
 from numpy.testing import assert_allclose
 
+from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.checkpoint import read_info, save_model
 from shufflenet_jax.commands import from_torch, to_torch
 from shufflenet_jax.config import CIFAR10_EVAL, DIGITS_EVAL, TORCHVISION_EVAL, ModelInfo
@@ -348,7 +349,7 @@ def test_an_encoder_with_another_head_converts_to_features_and_says_what_it_leav
     torch.save({"state_dict": {**tensors, "decoder.weight": torch.ones(3)}}, tmp_path / "net.pth")
     status, stdout, stderr = call(from_torch.main, tmp_path / "net.pth", "--out", tmp_path / "out", "--no-verify")
     assert status == 0 and "features only" in stdout
-    assert re.search("^warning: net.pth holds 1 tensors .*left out: decoder.weight$", stderr, re.MULTILINE), stderr
+    assert re.search("^warning: net.pth holds 1 tensors .*skipped: decoder.weight$", stderr, re.MULTILINE), stderr
 
 
 def test_of_several_networks_the_one_taken_is_named(tmp_path, raw, averages, call):
@@ -372,7 +373,7 @@ def scripted(path):
 
 
 KINDS = {  # name: (how to write the file, what the error must say)
-    "quantized": (quantized, ["is quantised", "float checkpoint"]),
+    "quantized": (quantized, ["is quantized", "float checkpoint"]),
     "TorchScript": (scripted, ["TorchScript program", "torch.save(model.state_dict()"]),
     "another module": (
         lambda path: torch.save(torch.nn.Linear(2, 2), path), ["pickled torch.nn.modules.linear.Linear", "torch.save("],
@@ -392,7 +393,7 @@ KINDS = {  # name: (how to write the file, what the error must say)
     ),
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["torch.save did not write"]),
     "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
-    "a page": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["page of a website"]),
+    "a page": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["a web page"]),
     "HDF5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n"), ["HDF5"]),
     "safetensors": (lambda path: path.write_bytes(b'\2\0\0\0\0\0\0\0{"a": 1}'), ["safetensors file"]),
 }  # fmt: skip
@@ -486,7 +487,7 @@ STEM, PREPARED, ASSUMED, NUMBERED, IGNORED = (
     "--preprocessing",
     "ImageNet's names are assumed",
     "only numbers its 1000 classes: ImageNet's names are assumed",
-    "they stay unnamed",
+    "the names are ignored",
 )
 SAID = ("--preprocessing", "cifar10")
 WARNED = {  # name: (what the file holds, options, what warnings must say; they say nothing else)
@@ -529,7 +530,7 @@ STATED = {  # options: the preprocessing that results
     ("--image-size", 64): TORCHVISION_EVAL.with_side(64, 64),
     ("--image-size", 160): TORCHVISION_EVAL.with_side(160, 183),
     ("--preprocessing", "cifar10", "--image-size", 48): CIFAR10_EVAL.with_side(48, 48),
-    ("--preprocessing", "megvii"): dialects.MEGVII.preprocess_of(0.5),
+    ("--preprocessing", "megvii"): dialects.MEGVII.preprocess_of(TABLES[0.5]),
 }
 
 
@@ -558,7 +559,7 @@ def test_class_names_come_from_a_file_and_win(tmp_path, raw, call):
 
 
 UNUSABLE = {  # what the file of names holds: what the error must say
-    b"a\nb\n": "names 2, but the classifier of small.pth has 10",
+    b"a\nb\n": "names 2 classes, but the classifier of small.pth has 10",
     b"a\na\n": "a name twice",
     b"a\n\nb\n": "an empty line",
     b"": "an empty line",
@@ -662,11 +663,11 @@ REFUSED = {  # name: (what the file holds, options, what the error must say)
     "missing": (None, (), ["no.pth", "No such file"]),
     "text": (lambda path: path.write_text("hello"), (), ["damaged or not a PyTorch file"]),
     "empty": (lambda path: path.write_bytes(b""), (), ["damaged or not a PyTorch file"]),
-    "resnet": (lambda path: torch.save(resnet_keys(), path), (), ["not those of a ShuffleNetV2"]),
+    "resnet": (lambda path: torch.save(resnet_keys(), path), (), ["no ShuffleNetV2"]),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), (), ["holds a Tensor"]),
     "no state dict": (lambda path: torch.save({"epoch": 3}, path), (), ["no state dict"]),
     "no averages": ("small", ("--ema",), ["no averaged weights"]),
-    "other dialect": ("small", ("--dialect", "megvii"), ["speaks torchvision, not megvii"]),
+    "other dialect": ("small", ("--dialect", "megvii"), ["has the names of torchvision, not of megvii"]),
     "misshapen": (altered(conv5__0__weight=lambda t: t[:-1]), (), ["conv5.0.weight is (1023, 192, 1, 1), not (1024"]),
     "nan": (altered(fc__bias=lambda t: t * torch.nan), (), ["not numbers that float32 holds: fc.bias"]),
     "negative variance": (altered(conv1__1__running_var=lambda t: -t), (), ["conv1.1.running_var"]),
@@ -692,7 +693,7 @@ REFUSED = {  # name: (what the file holds, options, what the error must say)
     "strange classes": (
         lambda path: torch.save({"meta": {"CLASSES": torch.zeros(2)}, "state_dict": resnet_keys()}, path),
         (),
-        ["not those of a ShuffleNetV2"],
+        ["no ShuffleNetV2"],
     ),
     "twice": (altered(module__fc__bias=lambda t: torch.zeros(10)), (), ["fc.bias twice"]),
 }

@@ -170,10 +170,10 @@ REFUSED = {  # name: (dialect, change, what the error must say)
     "unequal halves": (
         "torchvision",
         unequal,
-        ["the halves of stage3 do not fit", "left branch puts out 3 channels (stage3.0.branch1.2.weight), not 5"],
+        ["the halves of stage3 do not fit", "first unit has 3 channels (stage3.0.branch1.2.weight), not 5"],
     ),
-    "no stage3": ("torchvision", without("stage3."), ["stage3 has no units, not even stage3.0.branch2.3.weight"]),
-    "two stages": ("megvii", without(*MEGVII_UNITS), ["make 2 stages", "features.3.branch_proj.0.weight"]),
+    "no stage3": ("torchvision", without("stage3."), ["stage3 has no units: stage3.0.branch2.3.weight is missing"]),
+    "two stages": ("megvii", without(*MEGVII_UNITS), ["form 2 stages", "features.3.branch_proj.0.weight"]),
     "as narrow as the stem": ("megvii", narrow, ["stage2 has 4 channels, but in layout megvii", "(features.0."]),
     "a unit without tensors": ("torchvision", without("stage3.0.branch2."), ["missing: stage3.0.branch2.0.weight"]),
     "a tensor too many": (

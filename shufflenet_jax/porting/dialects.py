@@ -1,15 +1,16 @@
-"""The names that published PyTorch files give to the weights: one table a dialect, read in both directions.
+"""Parameter names in published PyTorch files: one table for each dialect, used in both directions.
 
-Keys follow the code of MMPretrain, torchvision, Megvii and ericsun99.
+A dialect is one project's way to name, wire and feed the network. The names are those in the code of MMPretrain,
+torchvision, Megvii and ericsun99.
 """
 
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,33 +20,57 @@ from ..config import MEGVII_EVAL, MMPRETRAIN_EVAL, MOST, TORCHVISION_EVAL, TORCH
 from ..errors import InputError
 from ..model import ShuffleNetV2, variable_shapes
 
+Tensor = TypeVar("Tensor")
+Tensors = Mapping[str, np.ndarray]  # {the dialect's own key: a network's tensor}
+Variables = dict[str, Any]  # {"params", "batch_stats"}: trees of arrays of any depth, which Python cannot type.
+BatchCounts = int | dict[str, int]  # Training batches that batch norm has seen: in all layers, else {layer: number}.
+CANNOT_CONVERT = "this file cannot be converted"
+
+
+@runtime_checkable
+class HasShape(Protocol):
+    """An array of any library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of each axis."""
+
 
 @dataclass(frozen=True)
 class Dialect:
-    """One project's way to name, wire and feed ShuffleNetV2."""
+    """One project's way to name, wire and feed ShuffleNetV2.
 
-    # Their convolution and batch norm for each of our ConvBNs.
+    Attributes:
+      conv1: names of the first convolution and its batch norm.
+      conv5: names of the last convolution and its batch norm.
+      unit_prefix: start of the names in a unit. {stage} is 2 to 4, {layer} is 0 to 2, {unit} counts the units of a
+        stage and {index} those of the network, both from 0.
+      unit: {our ConvBN in a unit: names of its convolution and batch norm after the prefix}.
+      fc: name of the classifier.
+      layout: how units are wired, see `architecture.Layout`.
+      preprocess: {width: how the authors prepare images for evaluation}; None stands for all other tables.
+    """
+
     conv1: tuple[str, str]
     conv5: tuple[str, str]
-    # The same inside a unit, behind its prefix: {stage} is 2..4, {layer} 0..2, {unit} starts anew in each stage,
-    # {index} does not.
     unit_prefix: str
     unit: dict[str, tuple[str, str]]
-    # Their classifier.
     fc: str
     layout: str
-    # How the authors evaluate: by width, None for all others.
     preprocess: dict[float | None, Preprocess]
 
     def preprocess_of(self, table: Table) -> Preprocess:
-        """Return how the authors evaluate a network with a table."""
+        """Return how the authors prepare images to evaluate a network with a table."""
         return self.preprocess.get(width_of(table), self.preprocess[None])
 
     def layer_keys(self, repeats: Sequence[int]) -> dict[str, tuple[str, str]]:
-        """Return {our ConvBN's path: (their convolution, their batch norm)}, in the order of the network.
+        """Return the names of each layer, in the order of the network.
 
         Args:
-          repeats: units of each stage.
+          repeats: number of units in each stage.
+
+        Returns:
+          {path of our ConvBN: (name of the convolution, name of the batch norm)}.
         """
         layers = {"conv1": self.conv1}
         index = 0
@@ -59,10 +84,13 @@ class Dialect:
         return {**layers, "conv5": self.conv5}
 
     def tensor_keys(self, repeats: Sequence[int]) -> dict[tuple[str, ...], str]:
-        """Return {our leaf's path: their key} for every tensor of the network, in the order of their files.
+        """Return the key of each tensor, in the order of the dialect's files.
 
         Args:
-          repeats: units of each stage.
+          repeats: number of units in each stage.
+
+        Returns:
+          {path of our leaf: the dialect's own key}.
         """
         keys = {}
         for layer, (conv, bn) in self.layer_keys(repeats).items():
@@ -79,12 +107,12 @@ class Dialect:
 
     @property
     def numbers_all_units(self) -> bool:
-        """Whether units are numbered through all stages."""
+        """Whether one numbering runs through the units of all stages."""
         return "{index}" in self.unit_prefix
 
     @cached_property
     def _names_in_unit(self) -> dict[str, str]:
-        """{the name of a tensor behind its unit's prefix: our ConvBN in the unit}."""
+        """{name of a tensor after the prefix of its unit: our ConvBN in the unit}."""
         return {
             f"{layer}.{leaf}": ours
             for ours, (conv, bn) in self.unit.items()
@@ -94,19 +122,21 @@ class Dialect:
 
     @cached_property
     def _unit_pattern(self) -> re.Pattern[str]:
-        """What the name of a tensor in a unit is like, without `backbone.`."""
+        """The pattern of the names of tensors in units, without `backbone.`."""
         pattern = re.escape(bare(self.unit_prefix))
         for field, numbers in (("stage", "[234]"), ("layer", "[012]"), ("unit", r"\d{1,2}"), ("index", r"\d{1,3}")):
             pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{numbers})")
         return re.compile(f"{pattern}(?P<name>.+)")
 
     def unit_of(self, key: str) -> tuple[int, int, str] | None:
-        """Return (stage, unit, our ConvBN in it) of a tensor, both numbers from 0, or None for those in no unit.
-
-        The stage is 0 where units are numbered through all stages.
+        """Find the unit that a tensor belongs to.
 
         Args:
-          key: a name, with or without `backbone.`.
+          key: name of the tensor, with or without `backbone.`.
+
+        Returns:
+          (stage, unit, our ConvBN in the unit), or None for a tensor outside the units. Both numbers start from 0. The
+          stage is 0 where one numbering runs through the units of all stages.
         """
         match = self._unit_pattern.fullmatch(bare(key))
         layer = match and self._names_in_unit.get(match["name"])
@@ -117,14 +147,17 @@ class Dialect:
         return stage, int(numbers.get("unit") or numbers["index"]), layer
 
     def repeats_in(self, keys: Iterable[str]) -> tuple[int, ...]:
-        """Return how many units each stage has, by the names of its tensors.
+        """Count the units in each stage from the names of the tensors.
 
-        A unit is there where at least half of its right branch's tensors are, so that few that are missing, or do not
-        belong there, change nothing. Where units are numbered through all stages, one with a left branch begins a
-        stage, and there may be more or fewer than three.
+        A unit counts if at least half of the tensors of its right branch are present. A few tensors that are missing or
+        unexpected therefore change nothing.
 
         Args:
           keys: names of tensors, with or without `backbone.`.
+
+        Returns:
+          The number of units in each stage. Where one numbering runs through the units of all stages, a unit with a
+          left branch starts a new stage, so the result may have more or fewer than three numbers.
         """
         tensors: Counter[tuple[int, int, str]] = Counter()
         for place in filter(None, map(self.unit_of, keys)):
@@ -142,12 +175,12 @@ class Dialect:
         return tuple(end - start for start, end in zip(starts, [*starts[1:], units[0]], strict=True))
 
 
-# The branches of a unit where they are flat sequences of convolution, batch norm and, behind 1x1 convolutions, ReLU.
-def _left(branch):
+# In most dialects a branch is a flat sequence: convolution, batch norm and, after 1x1 convolutions, ReLU.
+def _left(branch: str) -> dict[str, tuple[str, str]]:
     return {"left_dw": (f"{branch}.0", f"{branch}.1"), "left_pw": (f"{branch}.2", f"{branch}.3")}
 
 
-def _right(branch):
+def _right(branch: str) -> dict[str, tuple[str, str]]:
     return {
         "right_pw1": (f"{branch}.0", f"{branch}.1"),
         "right_dw": (f"{branch}.3", f"{branch}.4"),
@@ -183,7 +216,7 @@ ERICSUN99 = Dialect(
     conv1=("conv1.0", "conv1.1"),
     conv5=("conv_last.0", "conv_last.1"),
     unit_prefix="features.{index}.",
-    unit=_left("banch1") | _right("banch2"),  # Sic.
+    unit=_left("banch1") | _right("banch2"),  # The misspelling is the project's own.
     fc="classifier.0",
     layout="torchvision",
     preprocess={None: TORCHVISION_EVAL},
@@ -197,7 +230,7 @@ MEGVII = Dialect(
     layout="megvii",
     preprocess={None: MEGVII_EVAL},
 )
-# Backbones of detectors that follow Megvii's code; trained on values in 0..1.
+# Backbones of detectors that follow Megvii's code. They were trained on values from 0 to 1.
 MEGVII_STAGES = dataclasses.replace(
     MEGVII,
     unit_prefix="stage{stage}.{unit}.",
@@ -214,31 +247,38 @@ DIALECTS = {
 
 
 class Network(NamedTuple):
-    """Where a table of tensors holds a network."""
+    """The place of a network in a table of tensors.
+
+    Attributes:
+      dialect: whose names the tensors have, a key of DIALECTS.
+      prefix: what precedes the names of the backbone, for example "module.backbone.".
+      matches: number of tensors with names of the dialect.
+    """
 
     dialect: str
-    prefix: str  # What stands in front of the backbone's names, like "module.backbone.".
-    matches: int  # How many tensors have names of the dialect.
+    prefix: str
+    matches: int
 
 
-# Entries that averaging and thop's profiler leave beside the weights.
+# Entries that weight averaging and the profiler thop store beside the weights.
 COUNTERS = {"n_averaged", "num_updates", "steps", "total_ops", "total_params"}
 DEEPEST = 7  # Parts of the longest name, layers.0.0.branch1.0.conv.weight.
-FEWEST = 20  # Tensors; half a network has more.
+FEWEST = 20  # Fewer tensors than half of any network.
 
 
 def find_networks(keys: Collection[str]) -> list[Network]:
-    """Find every ShuffleNetV2 in a table of tensors, whatever stands in front of its names.
+    """Find every ShuffleNetV2 in a table of tensors, whatever precedes its names.
 
     Args:
-      keys: the names in the table.
+      keys: names of the tensors.
+
     Returns:
-      A Network for each prefix behind which at least half of a dialect's names follow, in the order of the table.
+      A Network for each prefix with at least half of a dialect's names, in the order of the table.
     """
     if len(keys) < FEWEST:
         return []
     numbers = [int(part) for key in keys for part in key.split(".") if part.isdecimal() and len(part) <= 2]
-    speakers: dict[str, list[str]] = {}  # {name: the dialects that have it in networks of as many units}
+    speakers: dict[str, list[str]] = {}  # {name: dialects that have it}
     for dialect, rules in DIALECTS.items():
         for key in rules.tensor_keys([max(numbers, default=0) + 1] * len(STAGES)).values():
             speakers.setdefault(bare(key), []).append(dialect)
@@ -248,59 +288,61 @@ def find_networks(keys: Collection[str]) -> list[Network]:
             counts.update((prefix, dialect) for dialect in speakers.get(name, ()))
     best: dict[str, Network] = {}
     for (prefix, dialect), count in counts.items():
-        network = _network_behind(prefix, dialect, keys) if count >= FEWEST else None
+        network = _network_at(prefix, dialect, keys) if count >= FEWEST else None
         if network and (prefix not in best or best[prefix].matches < network.matches):
             best[prefix] = network
     return list(best.values())
 
 
-def _network_behind(prefix: str, dialect: str, keys: Collection[str]) -> Network | None:
-    """Return the Network of a dialect behind a prefix, or None where fewer than half of its names are there.
+def _network_at(prefix: str, dialect: str, keys: Collection[str]) -> Network | None:
+    """Return the Network of a dialect with a prefix, or None if fewer than half of its names are present.
 
-    That is another network that happens to share some names, like a ResNet's conv1 and fc.
+    Other architectures share some names: a ResNet has conv1 and fc too.
     """
     rules, names = DIALECTS[dialect], [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
     repeats = [max(units, 1) for units in rules.repeats_in(names)]
-    known = set(map(bare, rules.tensor_keys(repeats).values()))
-    count = sum(name in known for name in names)
-    return Network(dialect, prefix, count) if 2 * count >= len(known) else None
+    own_names = set(map(bare, rules.tensor_keys(repeats).values()))
+    matches = sum(name in own_names for name in names)
+    return Network(dialect, prefix, matches) if 2 * matches >= len(own_names) else None
 
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
-    """Yield (what stands in front, name) for each way to cut a key before one of its parts, longest names first."""
+    """Yield (prefix, name) for each way to split a key at a dot, longest names first."""
     parts = key.rsplit(".", DEEPEST)
     for cut in range(len(parts)):
         yield "".join(f"{part}." for part in parts[:cut]), ".".join(parts[cut:])
 
 
 def bare(key: str) -> str:
-    """Return a dialect's name without the `backbone.` that other files leave out."""
+    """Return a dialect's name without `backbone.`, which some files leave out."""
     return key.removeprefix("backbone.")
 
 
 def canonical(
-    tensors: dict[str, Any], network: Network, networks: Sequence[Network] = ()
-) -> tuple[dict[str, Any], list[str]]:
-    """Rename a network's tensors as the dialect's own code names them.
+    tensors: Mapping[str, Tensor], network: Network, networks: Sequence[Network] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename the tensors of a network as the dialect's own code names them.
 
     Args:
-      tensors: {key: tensor} that hold the network, and perhaps more.
-      network: which one.
-      networks: all that the table holds.
+      tensors: {key: tensor} of a table with the network.
+      network: the network to rename.
+      networks: all networks in the table.
+
     Returns:
-      {the dialect's own key: tensor}, in which unknown names behind the network's prefix stay as they are, and the
-      keys that belong to no network.
+      {the dialect's own key: tensor}, where unknown names only lose the network's prefix, and the keys that belong to
+      no network.
+
     Raises:
       InputError: two keys name the same tensor.
     """
     rules, prefix = DIALECTS[network.dialect], network.prefix
     repeats = rules.repeats_in(key.removeprefix(prefix) for key in tensors if key.startswith(prefix))
     counters = [f"{bn}.num_batches_tracked" for _, bn in rules.layer_keys(repeats).values()]
-    known = {bare(key): key for key in (*rules.tensor_keys(repeats).values(), *counters)}
+    own_keys = {bare(key): key for key in (*rules.tensor_keys(repeats).values(), *counters)}
     classifier = _classifier_keys(tensors, rules, prefix)
     others = tuple(other.prefix for other in networks if other.prefix != prefix)
     within = tuple(other for other in others if other.startswith(prefix))
-    renamed: dict[str, Any] = {}
+    renamed: dict[str, Tensor] = {}
     unknown, left_out = [], []
     for key, tensor in tensors.items():
         name = key.removeprefix(prefix)
@@ -310,22 +352,23 @@ def canonical(
             continue
         elif not key.startswith(prefix):
             left_out += [] if key.startswith(others) else [key]
-        elif name in known:
-            renamed[known[name]] = tensor
+        elif name in own_keys:
+            renamed[own_keys[name]] = tensor
         else:
             unknown.append(name)
     for name in unknown:
-        twice = next((known[end] for _, end in _splits(name) if known.get(end) in renamed), None)
+        twice = next((own_keys[end] for _, end in _splits(name) if own_keys.get(end) in renamed), None)
         if twice:
-            raise InputError(f"the file holds {twice} twice, with and without a prefix; keep one of both")
+            raise InputError(f"the file holds {twice} twice, with and without a prefix; remove one of the two")
         renamed[name] = tensors[prefix + name]
     return renamed, left_out
 
 
-def _classifier_keys(tensors: dict[str, Any], rules: Dialect, prefix: str) -> dict[str, str]:
-    """Return {the file's key: the dialect's own} of the classifier, {} where there is none.
+def _classifier_keys(tensors: Mapping[str, Any], rules: Dialect, prefix: str) -> dict[str, str]:
+    """Return {the file's key: the dialect's own key} of the classifier, {} where there is none.
 
-    It stands beside the backbone's layers or in a module around them, by itself or, after a dropout, in a sequence.
+    The classifier lies beside the layers of the backbone or in a module around them, alone or, after dropout, in a
+    sequence.
     """
     alone = rules.fc.removesuffix(".0")
     numbered = re.compile(rf"{re.escape(alone)}\.\d+")
@@ -343,19 +386,23 @@ def _classifier_keys(tensors: dict[str, Any], rules: Dialect, prefix: str) -> di
         prefix += "." if prefix else ""
 
 
-def module_for(tensors: dict[str, Any], dialect: Dialect) -> ShuffleNetV2:
-    """Return the ShuffleNetV2 whose weights these are, from names and shapes under the dialect's own keys.
+def module_for(tensors: Mapping[str, HasShape], dialect: Dialect) -> ShuffleNetV2:
+    """Infer the ShuffleNetV2 from the names and shapes of its tensors.
 
-    Single tensors that are missing or misshapen do not matter here; `from_torch` names them.
+    Single tensors that are missing or misshapen do not matter here; `from_torch` reports them.
+
+    Args:
+      tensors: {the dialect's own key: tensor}.
+      dialect: whose keys they are.
 
     Raises:
-      InputError: no network has such a table of channels and units.
+      InputError: no ShuffleNetV2 has these channels and units.
     """
     weight, bias = (_shape(tensors, f"{dialect.fc}.{name}") for name in ("weight", "bias"))
     num_classes = (weight or bias or (0,))[0]
     if num_classes > MOST:
         raise InputError(
-            f"the classifier has {num_classes:,} classes, which cannot be; such a file cannot be converted"
+            f"the classifier has {num_classes:,} classes, more than the {MOST:,} that are possible; {CANNOT_CONVERT}"
         )
     conv5 = any(f"{name}.weight" in tensors for name in dialect.conv5) or num_classes > 0
     first = _shape(tensors, f"{dialect.conv1[0]}.weight")
@@ -369,27 +416,40 @@ def module_for(tensors: dict[str, Any], dialect: Dialect) -> ShuffleNetV2:
 
 
 class Size(NamedTuple):
-    """What one axis of a tensor says of the table."""
+    """What the length of one axis of a tensor implies for the table.
 
-    column: int  # Of the table's channels.
-    part: str  # "all" of its channels, a "half", or what the "left" or "right" branch of a stage's first unit puts out.
+    Attributes:
+      column: which of the table's channels it concerns, an index of `architecture.COLUMNS`.
+      part: "all" of these channels, a "half", or the outputs of the "left" or "right" branch in a stage's first unit.
+      channels: length of the axis.
+      key: name of the tensor.
+    """
+
+    column: int
+    part: str
     channels: int
-    key: str  # Of the tensor.
+    key: str
 
 
 class Vote(NamedTuple):
-    """What most axes of tensors say of a part of the table."""
+    """The number of channels that most tensors imply for a part of the table.
+
+    Attributes:
+      channels: that number; 0 if no tensor implies any.
+      key: name of the first tensor with that number.
+      tensors: how many axes of tensors have that length.
+    """
 
     channels: int
-    key: str  # Of the first tensor that says so.
-    tensors: int  # How many axes say so.
+    key: str
+    tensors: int
 
 
-def _read_table(tensors: dict[str, Any], dialect: Dialect) -> Table:
-    """Read the table of channels and units from a network's names and shapes, by what most tensors of a stage say.
+def _read_table(tensors: Mapping[str, HasShape], dialect: Dialect) -> Table:
+    """Infer the table of channels and units; in each stage the majority of the tensors decides.
 
     Raises:
-      InputError: says why there is no such network, and names a tensor that shows it.
+      InputError: no network has this table; the message names a tensor that shows why.
     """
     repeats = dialect.repeats_in(tensors)
     _require_stages(dialect, repeats)
@@ -400,12 +460,12 @@ def _read_table(tensors: dict[str, Any], dialect: Dialect) -> Table:
 
     stem, conv5, halves = vote(0, "all"), vote(4, "all"), [vote(column, "half") for column in (1, 2, 3)]
     stages = tuple(2 * half.channels for half in halves)
-    # Without conv5 its number means nothing: the published one of these stages completes the name of a width.
+    # Without conv5 its number has no effect. The published number lets the table have the name of a width.
     usual = {table.channels[:4]: table.channels[4] for table in TABLES.values()}.get((stem.channels, *stages))
     table = Table((stem.channels, *stages, conv5.channels or usual or TABLES[1.0].channels[4]), repeats)
     if fault := fault_of(table, dialect.layout):
         keys = dict(zip(COLUMNS, (stem.key, *(half.key for half in halves), conv5.key), strict=True))
-        raise InputError(f"{fault} ({keys.get(fault.partition(' ')[0], '')}); such a file cannot be converted")
+        raise InputError(f"{fault} ({keys.get(fault.partition(' ')[0], '')}); {CANNOT_CONVERT}")
     for column, half in enumerate(halves, start=1):
         inputs, outputs = table.channels[column - 1 : column + 1]
         left = inputs if dialect.layout == "megvii" else half.channels
@@ -421,43 +481,44 @@ def _require_stages(dialect: Dialect, repeats: tuple[int, ...]) -> None:
         starts = [sum(repeats[:stage]) for stage in range(len(repeats))]
         first = [dialect.unit_prefix.format(index=start) + dialect.unit["left_dw"][0] for start in starts]
         raise InputError(
-            f"its units make {len(repeats)} stages, each of which begins with a left branch, but a ShuffleNetV2 has "
-            f"{len(STAGES)} ({', '.join(f'{name}.weight' for name in first)}); such a file cannot be converted"
+            f"its units form {len(repeats)} stages, since each left branch starts one, but a ShuffleNetV2 has "
+            f"{len(STAGES)} ({', '.join(f'{name}.weight' for name in first)}); {CANNOT_CONVERT}"
         )
     for layer, (stage, units) in enumerate(zip(STAGES, repeats, strict=True)):
         if not units:
             prefix = dialect.unit_prefix.format(stage=layer + 2, layer=layer, unit=0)
             key = f"{prefix}{dialect.unit['right_dw'][0]}.weight"
-            raise InputError(f"{stage} has no units, not even {key}; such a file cannot be converted")
+            raise InputError(f"{stage} has no units: {key} is missing; {CANNOT_CONVERT}")
 
 
 def _require_fit(column: int, half: Vote, part: str, vote: Vote, expected: int) -> None:
-    """Raise InputError if several tensors say that a stage, or a branch of its first unit, puts out something else.
+    """Raise InputError if several tensors contradict the channels of a stage, or of a branch in its first unit.
 
     Args:
-      column: of the stage.
-      half: of its channels, as its units have it.
-      part: "all", "left" or "right".
-      vote: on that part.
-      expected: its channels, which would fit the halves.
+      column: index of the stage in `architecture.COLUMNS`.
+      half: vote on half of the stage's channels, from its units.
+      part: "all", "left" or "right", as in Size.
+      vote: vote on that part.
+      expected: channels of that part that fit the halves.
     """
-    one_more = part == "all" and vote.channels == expected + 1  # Of stage4 a single tensor says how many leave it.
+    # Only one tensor shows the output channels of stage4.
+    one_more = part == "all" and vote.channels == expected + 1
     if vote.channels == expected or (vote.tensors < 2 and not one_more):
         return
     stage, seen = COLUMNS[column], f"{vote.channels} channels ({vote.key})"
     if part == "all" and vote.channels % 2:
         reason = f"{stage} has {seen}, an odd number, but its units split them into halves"
     elif part == "all":
-        reason = f"the halves of {stage} do not fit: they have {half.channels} channels ({half.key}), the whole {seen}"
+        reason = f"the halves of {stage} do not fit: they have {half.channels} channels ({half.key}), the stage {seen}"
     else:
-        reason = f"the halves of {stage} do not fit: its first unit's {part} branch puts out {seen}, not {expected}"
-    raise InputError(f"{reason}; such a file cannot be converted")
+        reason = f"the halves of {stage} do not fit: the {part} branch of its first unit has {seen}, not {expected}"
+    raise InputError(f"{reason}; {CANNOT_CONVERT}")
 
 
-def _sizes(tensors: dict[str, Any], dialect: Dialect, repeats: tuple[int, ...]) -> Iterator[Size]:
-    """Yield what each axis of each tensor says of the table."""
+def _sizes(tensors: Mapping[str, HasShape], dialect: Dialect, repeats: tuple[int, ...]) -> Iterator[Size]:
+    """Yield what each axis of each tensor implies for the table."""
     for layer, (conv, bn) in dialect.layer_keys(repeats).items():
-        outputs, inputs = _axes(layer, dialect.layout)
+        outputs, inputs = _axes(layer)
         shape = _shape(tensors, f"{conv}.weight")
         if len(shape) == 4:
             yield Size(*outputs, shape[0], f"{conv}.weight")
@@ -472,8 +533,8 @@ def _sizes(tensors: dict[str, Any], dialect: Dialect, repeats: tuple[int, ...]) 
         yield Size(4, "all", shape[1], f"{dialect.fc}.weight")
 
 
-def _axes(layer: str, layout: str) -> tuple[tuple[int, str], tuple[int, str] | None]:
-    """Return what a ConvBN puts out and takes in, each as (column of the table, part of it); None: not in the table."""
+def _axes(layer: str) -> tuple[tuple[int, str], tuple[int, str] | None]:
+    """Return the outputs and inputs of a ConvBN as (column, part) of Size; inputs that the table lacks are None."""
     if layer in ("conv1", "conv5"):
         return ((0, "all"), None) if layer == "conv1" else ((4, "all"), (3, "all"))
     unit, _, name = layer.partition("/")
@@ -490,7 +551,7 @@ def _axes(layer: str, layout: str) -> tuple[tuple[int, str], tuple[int, str] | N
 
 
 def _vote(sizes: Iterable[Size]) -> Vote:
-    """Return what most of the sizes say; no channels where there are none."""
+    """Return what most of the sizes imply; 0 channels if there are none."""
     sizes = list(sizes)
     if not sizes:
         return Vote(0, "", 0)
@@ -498,22 +559,24 @@ def _vote(sizes: Iterable[Size]) -> Vote:
     return Vote(channels, next(size.key for size in sizes if size.channels == channels), count)
 
 
-def _shape(tensors, key):
-    return np.shape(tensors[key]) if key in tensors else ()
+def _shape(tensors: Mapping[str, HasShape], key: str) -> tuple[int, ...]:
+    return tensors[key].shape if key in tensors else ()
 
 
-def from_torch(tensors, dialect, module):
-    """PyTorch's tensors as Flax variables.
+def from_torch(tensors: Tensors, dialect: Dialect, module: ShuffleNetV2) -> tuple[Variables, BatchCounts]:
+    """Convert a network's PyTorch tensors to Flax variables.
 
     Args:
-      tensors: {the dialect's own key: array}.
-      dialect: a Dialect.
-      module: the ShuffleNetV2 whose variables they are.
+      tensors: {the dialect's own key: tensor}.
+      dialect: whose keys they are.
+      module: the ShuffleNetV2 with these variables.
+
     Returns:
-      {"params", "batch_stats"} of float32 NumPy arrays, and the number of batches that the batch norms have tracked:
-      one number where all agree, else {layer: number} of those that the file gives.
+      {"params", "batch_stats"} of float32 NumPy arrays, and the number of training batches that batch norm has seen:
+      one number if all layers agree, else {layer: number} of the layers for which the file has one.
+
     Raises:
-      InputError: names every tensor that is missing, too many, misshapen, or not made of finite float32 numbers.
+      InputError: tensors are missing, unexpected, misshapen or not finite float32 numbers; the message names them all.
     """
     shapes = flatten_dict(variable_shapes(module))
     keys = {path: key for path, key in dialect.tensor_keys(module.table.repeats).items() if path in shapes}
@@ -522,7 +585,7 @@ def from_torch(tensors, dialect, module):
         for layer, (_, bn) in dialect.layer_keys(module.table.repeats).items()
         if ("params", *layer.split("/"), "bn", "scale") in shapes
     }
-    faults = {
+    faults: dict[str, list[str]] = {
         "missing": [key for key in keys.values() if key not in tensors],
         "unexpected": sorted(tensors.keys() - set(keys.values()) - set(counters.values())),
         "misshapen": [],
@@ -543,16 +606,25 @@ def from_torch(tensors, dialect, module):
         if key in tensors and (np.shape(tensors[key]) or not np.issubdtype(tensors[key].dtype, np.integer)):
             faults["misshapen"].append(f"{key} is not one whole number")
     if any(faults.values()):
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise InputError(f"the tensors do not make a ShuffleNetV2 {name_of(module.table, conv5=module.conv5)}: {told}")
+        reasons = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        network = name_of(module.table, conv5=module.conv5)
+        raise InputError(f"the tensors do not form a ShuffleNetV2 {network}: {reasons}")
     counts = {layer: int(tensors[key]) for layer, key in counters.items() if key in tensors}
-    if len(counts) == len(counters) and len(set(counts.values())) == 1:
-        counts = next(iter(counts.values()))
-    return unflatten_dict(variables), counts
+    agree = len(counts) == len(counters) and len(set(counts.values())) == 1
+    return unflatten_dict(variables), next(iter(counts.values())) if agree else counts
 
 
-def to_torch(variables, dialect, counts):
-    """The way back: {the dialect's own key: array} in the order of its files, bit for bit what `from_torch` read."""
+def to_torch(variables: Variables, dialect: Dialect, counts: BatchCounts | None) -> dict[str, np.ndarray]:
+    """Convert Flax variables to PyTorch tensors: the inverse of `from_torch`, bit for bit.
+
+    Args:
+      variables: {"params", "batch_stats"} of a ShuffleNetV2.
+      dialect: whose keys the tensors get.
+      counts: the number of training batches that batch norm has seen, as `from_torch` returns it; None if unknown.
+
+    Returns:
+      {the dialect's own key: tensor} in the order of the dialect's files.
+    """
     flat = flatten_dict(variables)
     units = Counter(path[1].partition("_unit")[0] for path in flat if path[-3:] == ("right_dw", "conv", "kernel"))
     tensors = {}
@@ -566,24 +638,24 @@ def to_torch(variables, dialect, counts):
     return tensors
 
 
-def _is_float32(array):
-    """Whether an array holds finite numbers that float32 keeps as they are."""
+def _is_float32(array: np.ndarray) -> bool:
+    """Whether an array holds finite numbers that float32 represents exactly."""
     if not np.issubdtype(array.dtype, np.floating):
         return False
     with np.errstate(over="ignore"):
         return bool(np.isfinite(array).all() and (array.astype(np.float32) == array).all())
 
 
-def _flax_axes(array):
-    """(O, I, H, W) as (H, W, I, O), (O, I) as (I, O)."""
+def _flax_axes(array: np.ndarray) -> np.ndarray:
+    """Transpose (O, I, H, W) to (H, W, I, O), and (O, I) to (I, O)."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def _torch_shape(shape):
-    """The same of shapes."""
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that an array of a shape has after `_torch_axes`."""
     return (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
-def _torch_axes(array):
-    """(H, W, I, O) as (O, I, H, W), (I, O) as (O, I)."""
+def _torch_axes(array: np.ndarray) -> np.ndarray:
+    """Transpose (H, W, I, O) to (O, I, H, W), and (I, O) to (O, I)."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
