@@ -91,7 +91,7 @@ def test_a_data_set_is_read_by_the_name_that_it_was_written_under_or_refused(nam
     argv = ("--source", images, "--name", "pets", "--out", tmp_path / name, "--processes", 1)
     status, _, stderr = call(prepare.main, *argv)
     if name == NO_TEXT:
-        assert status == 2 and "is no UTF-8" in stderr and not os.listdir(tmp_path)
+        assert status == 2 and "is not UTF-8" in stderr and not os.listdir(tmp_path)
         return
     assert status == 0, stderr
     source = open_source("tfds:pets", "val", data_dir=tmp_path / name)

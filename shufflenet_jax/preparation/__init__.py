@@ -1,1 +1,1 @@
-"""Image sources turned into TFDS data sets in ArrayRecord form, which train at full speed."""
+"""Preparation of image sources: writes them as TFDS data sets in ArrayRecord form, which train at full speed."""

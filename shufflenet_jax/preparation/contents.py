@@ -1,8 +1,9 @@
-"""Which images a source holds, with their labels, for a data set of all its splits."""
+"""The images of a source with their labels, for a data set with all of its splits."""
 
 import logging
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import VAL_SHARE
 from ..data.folders import ELSEWHERE, open_folder
@@ -15,13 +16,13 @@ __all__ = ["Contents", "Entry", "read_contents"]
 
 @dataclass(frozen=True)
 class Contents:
-    """A source of images.
+    """The contents of a source of images.
 
     Attributes:
-      splits: the images of each split.
-      classes: the names of the labels, or their number where nothing names them.
-      notes: what was decided and ignored, for `inventory.report_notes`.
-      skipped: how many files were ignored.
+      splits: {name of a split: its images}.
+      classes: name of each label, or the number of labels if they have no names.
+      notes: decisions about the source and ignored files, for `inventory.report_notes`.
+      skipped: number of ignored files.
     """
 
     splits: dict[str, list[Entry]]
@@ -30,19 +31,20 @@ class Contents:
     skipped: int
 
 
-def read_contents(source, *, val_share=VAL_SHARE) -> Contents:
-    """Read which images a folder, a zip, a tar, or one or both of ILSVRC2012's tars hold.
+def read_contents(source: str | Path, *, val_share: float = VAL_SHARE) -> Contents:
+    """List the images of a folder, a zip, a tar, or one or both of ILSVRC2012's tars.
 
     Args:
-      source: its path.
-      val_share: the share of each class that is held out as val where there are no splits.
+      source: path of the source.
+      val_share: share of each class that is held out as val if the source has no splits.
+
     Raises:
-      InputError: the source is none of these, holds no images, or a part of it has no labels.
+      InputError: the source is none of these, holds no images, or has images without labels.
     """
     inventory = open_folder(source, val_share=val_share)
     for split in inventory.splits:
         if not re.fullmatch(r"\w+", split):
-            raise InputError(f"{split!r} is no name for a split; use letters, digits and _")
+            raise InputError(f"{split!r} is not a valid name for a split; use letters, digits and _")
     parts = {split: read() for split, read in inventory.splits.items() if split not in inventory.unusable}
     if not parts:
         raise InputError(f"{source} holds no images as <split>/<class>/<image> or <class>/<image>; check `source`")
@@ -50,7 +52,7 @@ def read_contents(source, *, val_share=VAL_SHARE) -> Contents:
     notes = [*inventory.notes, *(note for part in parts.values() for note in part.notes)]
     notes += describe_skipped(inventory.place, skipped)
     notes += [
-        Note(logging.WARNING, f"split {split} of {source} is left out: {reason}")
+        Note(logging.WARNING, f"split {split} of {source} is skipped: {reason}")
         for split, reason in inventory.unusable.items()
     ]
     classes, more = _classes_of(source, parts)
@@ -58,7 +60,7 @@ def read_contents(source, *, val_share=VAL_SHARE) -> Contents:
 
 
 def _skipped_in(inventory: Inventory, parts: dict[str, Part]) -> Skipped:
-    """Count the files that are ignored in a source, with the images in folders that are no splits."""
+    """Count the ignored files of a source, including the images in folders beside its splits."""
     skipped = Skipped()
     for counted in (inventory.skipped, *(part.skipped for part in parts.values())):
         skipped.merge(counted)
@@ -68,13 +70,14 @@ def _skipped_in(inventory: Inventory, parts: dict[str, Part]) -> Skipped:
     return skipped
 
 
-def _classes_of(source, parts: dict[str, Part]) -> tuple[tuple[str, ...] | int, list[Note]]:
-    """Return the names of the labels of all splits, or their number, and a warning where lists meet class folders.
+def _classes_of(source: str | Path, parts: dict[str, Part]) -> tuple[tuple[str, ...] | int, list[Note]]:
+    """Return the name of each label, or the number of labels, and a warning if lists meet class folders.
 
     Raises:
-      InputError: lists have larger labels than there are class folders.
+      InputError: the labels of a list are larger than the number of class folders.
     """
-    classes = max((part.classes for part in parts.values() if part.classes), key=len, default=())
+    named = [part.classes for part in parts.values() if part.classes]
+    classes = max(named, key=len, default=())
     listed = {split: part.num_classes for split, part in parts.items() if part.classes is None}
     if not classes:
         return max(listed.values()), []
@@ -85,7 +88,7 @@ def _classes_of(source, parts: dict[str, Part]) -> tuple[tuple[str, ...] | int, 
                 "class folders; write lists for all splits"
             )
     pairs = ", ".join(f"{label} is {name}" for label, name in enumerate(classes[:3]))
-    told = (
-        f"the lists of {source} have labels without names: taken in the order of the class folders, label {pairs}, ..."
+    message = (
+        f"the lists of {source} have labels without names: the class folders name them in order, label {pairs}, ..."
     )
-    return classes, [Note(logging.WARNING, told)] if listed else []
+    return classes, [Note(logging.WARNING, message)] if listed else []
