@@ -75,5 +75,5 @@ def test_a_missing_restart_marker_is_left_to_the_decoder():
 
 def test_images_that_prepare_makes_smaller_can_be_cut():
     small = shrink(encoded(), 64, 90, "x")
-    assert jpeg.read_header(small).apart
+    assert jpeg.read_header(small).restarts
     assert_shows_the_same(small, (10, 20, 30, 40))

@@ -1,8 +1,9 @@
-"""Zips and tars as trees. Their members are read in place: nothing is ever unpacked beside them."""
+"""Zips and tars as trees of files. Members are read in place; nothing is unpacked beside the archive."""
 
 import bz2
 import gzip
 import hashlib
+import io
 import lzma
 import posixpath
 import stat
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .. import progress
 from ..errors import InputError
@@ -21,19 +22,29 @@ from ..files import cache_dir, locked, printable, refused_write, written_aside
 from .locations import UNREADABLE, Location, open_zip
 from .trees import BROKEN, HIDDEN, OUTSIDE, REPLACED, SPECIAL, Listing, Skip, Tree, is_hidden
 
-MOST_UNPACKED = 100  # Times its own size that a compressed tar may take, beyond a gigabyte.
+Opener = Callable[[Path, Literal["rb"]], io.BufferedIOBase]
+
+MOST_UNPACKED = 100  # A compressed tar may unpack to this many times its size, plus a gigabyte.
 DAMAGED_TAR = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
-COMPRESSED: dict[bytes, Callable] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-UNICODE_PATH = 0x7075  # The field of a zip's member that has its name in UTF-8.
-MOST_PADDING = 2**20  # Bytes behind a tar's end that are looked at: programs write up to 10 KiB of zeros there.
+# {first bytes of a file: the function that opens it for decompression}
+COMPRESSED: dict[bytes, Opener] = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
+UNICODE_PATH = 0x7075  # The extra field of a zip's member with its name in UTF-8.
+MOST_PADDING = 2**20  # Bytes that are checked after the end of a tar. Programs write up to 10 KiB of zeros there.
 
 
 class Member(NamedTuple):
-    """An entry of an archive: a file, a link, or, with neither location nor target, a folder or a device."""
+    """An entry of an archive: a file, a link, or, without location and target, a folder or a device.
+
+    Attributes:
+      name: its path in the archive.
+      location: where the bytes of a file are.
+      target: the path in the archive to which a link points.
+      is_folder: whether it is a folder.
+    """
 
     name: str
     location: Location | None = None
-    target: str | None = None  # Of a link: the path in the archive that it leads to.
+    target: str | None = None
     is_folder: bool = False
 
 
@@ -43,8 +54,14 @@ def _branch(path: str) -> Tree:
 
 
 def tree_of(path: str, members: Iterable[Member]) -> Tree:
-    """Return the tree that an archive's members make; of members with one name the last one counts."""
-    top, links = _branch(path), {}
+    """Return the members of an archive as a tree.
+
+    Args:
+      path: path of the archive, for messages.
+      members: its members. The last one of several with the same name replaces the others.
+    """
+    top = _branch(path)
+    links: dict[tuple[str, ...], str] = {}
     hidden: dict[tuple[str, ...], Location] = {}
     for member in members:
         parts = _parts(member.name)
@@ -72,13 +89,13 @@ def tree_of(path: str, members: Iterable[Member]) -> Tree:
 
 
 def _parts(name: str) -> tuple[str, ...] | None:
-    """Return the parts of a member's path, or None if it leads outside the archive."""
+    """Return the parts of a member's path, or None if the path leads outside the archive."""
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
     return None if name.startswith("/") or ".." in parts else parts
 
 
 def _reach(tree: Tree, parts: Iterable[str]) -> Tree:
-    """Return the folder at a path below a branch; it is made where there is none."""
+    """Return the folder at a path below a tree; create it if it is missing."""
     for part in parts:
         if part not in tree.folders:
             tree.folders[part] = _branch(f"{tree.path}/{part}")
@@ -87,19 +104,25 @@ def _reach(tree: Tree, parts: Iterable[str]) -> Tree:
 
 
 def _follow(top: Tree, links: dict[tuple[str, ...], str], hidden: dict[tuple[str, ...], Location]) -> None:
-    """Put what links lead to in their places, also links to links; those to folders around them are left out.
+    """Replace links, also links to links, by their targets. Skip links to folders that contain them.
 
-    Links to hidden files count, as they do on a disk: stores of data keep the files themselves in hidden folders.
+    Links to hidden files count, as they do on a disk, since some data stores keep all files in hidden folders.
+
+    Args:
+      top: the tree of the archive.
+      links: {parts of a link's path: path of its target}.
+      hidden: {parts of a hidden file's path: its location}.
     """
-    found = True
-    while found:
-        found = False
+    progressed = True
+    while progressed:
+        progressed = False
         for parts, target in list(links.items()):
             wanted = _parts(target)
             node = None if wanted is None else top.find(wanted) or hidden.get(wanted)
             if node is None:
                 continue
-            found = links.pop(parts) is not None
+            del links[parts]
+            progressed = True
             folder = _reach(top, parts[:-1])
             if isinstance(node, Location):
                 folder.files[parts[-1]] = node
@@ -113,22 +136,27 @@ def _follow(top: Tree, links: dict[tuple[str, ...], str], hidden: dict[tuple[str
 
 
 def begins_as_zip(path: Path) -> bool:
-    """Whether a file begins like a zip, whatever follows."""
+    """Whether the first bytes of a file are those of a zip."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\3\4"
 
 
 def zip_tree(path: Path) -> Tree:
+    """Read the members of a zip as a tree.
+
+    Raises:
+      InputError: the zip is damaged or encrypted.
+    """
     try:
         members = open_zip(str(path)).infolist()
         names = [_zip_name(info) for info in members]
-        # The standard wants slashes; some older tools of Windows wrote backslashes alone.
+        # The standard requires slashes; some older tools on Windows wrote backslashes.
         if not any("/" in name for name in names):
             names = [name.replace("\\", "/") for name in names]
         locked_name = next((n for n, info in zip(names, members, strict=True) if info.flag_bits & 1), None)
         if locked_name is not None:
             raise InputError(
-                f"{path} is locked: {printable(locked_name)} needs a password; unpack it, and name its folder"
+                f"{path} is encrypted: {printable(locked_name)} needs a password; unpack it, and give its folder"
             )
         return tree_of(str(path), map(partial(_zip_member, str(path)), names, members))
     except InputError:
@@ -147,13 +175,13 @@ def _zip_member(path: str, name: str, info: zipfile.ZipInfo) -> Member:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return a member's name: as its Unicode field says, else what is UTF-8 of it so, and the rest in code page 437."""
+    """Return a member's name from its Unicode field, else decode each part as UTF-8 or, failing that, code page 437."""
     if info.flag_bits & 0x800:
         return info.filename
     try:
         raw = info.filename.encode("cp437")
         named = _unicode_path(info.extra, raw)
-        # Part by part: a file's name must not change that of its folder.
+        # Each part alone: the name of a file must not affect the name of its folder.
         return named.decode() if named else "/".join(map(_decoded, raw.split(b"/")))
     except UnicodeError:
         return info.filename
@@ -167,7 +195,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
-    """Return the name in UTF-8 from a member's extra fields, if it belongs to the name in another code page."""
+    """Return the UTF-8 name in a member's extra fields if its checksum matches the name in the member's code page."""
     while len(extra) >= 4:
         kind, size = struct.unpack("<HH", extra[:4])
         field, extra = extra[4 : 4 + size], extra[4 + size :]
@@ -177,7 +205,7 @@ def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
 
 
 def _target(name: str, target: str) -> str:
-    """Return the path in an archive that a symbolic link leads to."""
+    """Return the path in an archive to which a symbolic link points."""
     return posixpath.normpath(
         posixpath.join("/", target) if target.startswith("/") else posixpath.join(posixpath.dirname(name), target)
     )
@@ -187,21 +215,31 @@ def _target(name: str, target: str) -> str:
 
 
 def plain_tar(path: Path) -> Path | None:
-    """Return a tar that is not compressed: the file itself, or its copy in the cache; None where it is no tar."""
+    """Return the uncompressed form of a tar.
+
+    Args:
+      path: a file.
+
+    Returns:
+      The file itself, or for a compressed tar a copy in the cache; None if the file is not a tar.
+
+    Raises:
+      InputError: the file cannot be read, is damaged, or unpacks to an unreasonable size.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-        opened = next((opened for magic, opened in COMPRESSED.items() if start.startswith(magic)), None)
-        if opened is None:
+        opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
+        if opener is None:
             return path if tarfile.is_tarfile(path) else None
     except DAMAGED_TAR as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read: {reason}; check its permissions, or fetch it again") from error
-    return _unpacked(path, opened)
+    return _unpacked(path, opener)
 
 
-def _unpacked(path: Path, opened: Callable) -> Path:
-    """Decompress a tar into the cache, unless it is there. The copy belongs to the file's place, size and time."""
+def _unpacked(path: Path, opener: Opener) -> Path:
+    """Return the decompressed copy of a tar in the cache, whose key is the file's path, size and time of change."""
     status = path.stat()
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
     target = cache_dir() / "archives" / f"{hashlib.sha256(key).hexdigest()[:16]}.tar"
@@ -209,7 +247,7 @@ def _unpacked(path: Path, opened: Callable) -> Path:
         if not target.exists():
             with written_aside(target) as draft:
                 try:
-                    _decompress(path, opened, draft, most=10**9 + MOST_UNPACKED * status.st_size)
+                    _decompress(path, opener, draft, most=10**9 + MOST_UNPACKED * status.st_size)
                 except DAMAGED_TAR as error:
                     if isinstance(error, InputError) or refused_write(error):
                         raise
@@ -219,10 +257,10 @@ def _unpacked(path: Path, opened: Callable) -> Path:
     return target
 
 
-def _decompress(path: Path, opened: Callable, draft: Path, most: int) -> None:
-    """Write the plain form of a compressed file. Raises InputError where it is larger than `most` bytes."""
+def _decompress(path: Path, opener: Opener, draft: Path, most: int) -> None:
+    """Decompress a file into a draft. Raise InputError if that takes more than `most` bytes."""
     with (
-        opened(path, "rb") as source,
+        opener(path, "rb") as source,
         open(draft, "wb") as copy,
         progress.bar(total=None, unit="B", description=f"unpacking {path.name}", scaled=True) as bar,
     ):
@@ -230,19 +268,20 @@ def _decompress(path: Path, opened: Callable, draft: Path, most: int) -> None:
             copy.write(block)
             bar.update(len(block))
             if copy.tell() > most:
-                raise InputError(f"{path} unpacks to more than {most:,} bytes; unpack it, and name its folder")
+                raise InputError(f"{path} unpacks to more than {most:,} bytes; unpack it, and give its folder")
 
 
 def read_tar(path: Path, plain: Path, offset: int = 0, size: int = -1) -> Iterator[Member]:
     """Yield the members of a tar.
 
     Args:
-      path: the tar that the user named.
-      plain: its form that is not compressed.
-      offset: where it begins in the file.
-      size: its bytes; -1: all to the end of the file.
+      path: path of the tar, for errors.
+      plain: the file that holds its uncompressed form.
+      offset: position of the tar in that file, in bytes.
+      size: size of the tar in bytes; -1: up to the end of the file.
+
     Raises:
-      InputError: it is damaged, or holds files in a form that cannot be read in place.
+      InputError: the tar is damaged, or holds files in a form that cannot be read in place.
     """
     try:
         with open(plain, "rb") as file:
@@ -250,20 +289,20 @@ def read_tar(path: Path, plain: Path, offset: int = 0, size: int = -1) -> Iterat
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 before = -1
                 for info in iter(tar.next, None):
-                    tar.members.clear()  # type: ignore[attr-defined] # The library would keep a kilobyte of each.
+                    tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep a kilobyte per member.
                     if info.size < 0 or info.offset_data <= before:
                         raise tarfile.ReadError("its members overlap")
                     before = info.offset_data
                     yield _tar_member(str(plain), info)
-                # The library ends silently at what it does not understand.
+                # tarfile stops silently at data that it does not understand.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("its end is missing")
                 left = MOST_PADDING if size < 0 else min(max(offset + size - file.tell(), 0), MOST_PADDING)
                 if any(file.read(left)):
                     raise InputError(
-                        f"{path} holds more behind its end, as if tars were joined; unpack it with tar -xi, "
-                        "and name its folder"
+                        f"{path} continues after its end, like several tars joined together; unpack it with tar -xi, "
+                        "and give its folder"
                     )
     except InputError:
         raise
@@ -273,7 +312,7 @@ def read_tar(path: Path, plain: Path, offset: int = 0, size: int = -1) -> Iterat
 
 def _tar_member(plain: str, info: tarfile.TarInfo) -> Member:
     if info.issparse():
-        raise tarfile.ReadError(f"{printable(info.name)} is stored with holes")
+        raise tarfile.ReadError(f"{printable(info.name)} is a sparse file")
     if info.isfile():
         return Member(info.name, Location(plain, info.offset_data, info.size))
     if info.islnk():

@@ -1,30 +1,34 @@
-"""Encoded images to uint8 pixels, on the host: what every command and the Python API see of a file.
+"""Decoding on the host: encoded images to uint8 pixels, the same for every command and the Python API.
 
-`read` alone decides what an image is. Pillow opens all files but JPEG, which the decoder of the weights' authors reads:
-where OpenCV reads other formats too, its pixels are Pillow's. Of animations and of files with several pages the first
-image counts, transparency is ignored, and 16 bits become their upper eight.
+`read` alone decides which files are images. JPEG files go to the decoder that the authors of the weights used, all
+other files to Pillow; OpenCV decodes the other formats to the same pixels. Animations and files with several pages give
+their first image. Transparency is ignored, and 16 bits are cut to their upper eight.
 """
 
 import contextlib
 import io
 import struct
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
+from jaxtyping import UInt8
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from ..config import Preprocess
 from ..errors import InputError
 from . import jpeg
 
-LONGEST = 100  # Times the short side: what is cut from the middle of a longer image shows next to nothing.
-PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # Modes whose colors are multiplied with alpha, and the same without that.
-FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's code of the flip that an orientation asks for.
-WHITE_IS_ZERO = 0  # TIFF's word for negatives, which Pillow minds only in images of up to 8 bits.
-# What the decoders raise.
+AnyImage = bytes | Image.Image | UInt8[np.ndarray, "height width *channels"]  # Encoded, opened or decoded.
+Choice = tuple[bool, jpeg.Box]  # Whether half of the resolution suffices, and the part of the image to decode.
+
+LONGEST = 100  # Largest ratio of the sides: the central square of a longer image shows next to nothing.
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # {mode with colors multiplied by alpha: the mode with plain colors}
+FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # {EXIF's orientation: OpenCV's code of the flip}
+WHITE_IS_ZERO = 0  # TIFF's value for negatives. Pillow inverts only negatives with up to 8 bits.
+# The exceptions that decoders raise for damaged files.
 DAMAGE = (
     *(ValueError, OSError, SyntaxError, LookupError, RuntimeError, EOFError, struct.error),
     *(cv2.error, Image.DecompressionBombError),
@@ -35,18 +39,29 @@ class Stored(NamedTuple):
     """An image as its file stores it.
 
     Attributes:
-      pixels: uint8 (H, W, 3) in RGB, before EXIF's rotation.
-      orientation: EXIF's, 1 to 8. Pillow turns TIFFs by itself, and theirs is 1.
-      mode: Pillow's name of the colors that the file holds.
+      pixels: the pixels in RGB, before EXIF's rotation.
+      orientation: EXIF's orientation, 1 to 8; 1 for TIFFs, which Pillow turns by itself.
+      mode: Pillow's name of the colors in the file.
     """
 
-    pixels: np.ndarray
+    pixels: UInt8[np.ndarray, "height width 3"]
     orientation: int
     mode: str
 
 
-def pixels_of(image: bytes | Image.Image | np.ndarray, preprocess: Preprocess, name: str = "image") -> np.ndarray:
-    """Return an image as a uint8 array (H, W, C), in RGB or, for networks that take it, in grey."""
+def pixels_of(
+    image: AnyImage, preprocess: Preprocess, name: str = "image"
+) -> UInt8[np.ndarray, "turned_height turned_width channels"]:
+    """Decode an image and convert it to the channels that the network takes.
+
+    Args:
+      image: the image; arrays are in RGB or grey.
+      preprocess: says how to decode, and whether the network takes RGB or grey.
+      name: name of the image, for errors.
+
+    Raises:
+      InputError: the image is damaged, too narrow, or has no fixed black and white.
+    """
     if isinstance(image, np.ndarray):
         _require_breadth(image.shape[0], image.shape[1], name)
         return to_channels(image, preprocess.channels)
@@ -55,16 +70,17 @@ def pixels_of(image: bytes | Image.Image | np.ndarray, preprocess: Preprocess, n
 
 def decode(
     image: bytes | Image.Image, decoder: str, name: str = "image", *, oriented: bool | None = None
-) -> np.ndarray:
-    """Decode an image to a uint8 array (H, W, 3) in RGB.
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode an image to RGB.
 
     Args:
-      image: encoded bytes, or a Pillow image, which gives what a file with its content would.
+      image: encoded bytes, or a Pillow image, which gives the pixels that a file with its content would give.
       decoder: "cv2" or "pillow".
-      name: what errors call the image.
-      oriented: whether to apply EXIF's rotation; by default as OpenCV, which does, and Pillow, which does not.
+      name: name of the image, for errors.
+      oriented: whether to apply EXIF's rotation; None does what the decoder does: OpenCV applies it, Pillow does not.
+
     Raises:
-      InputError: the image is damaged, or nobody can know what its pixels mean.
+      InputError: the image is damaged, too narrow, or has no fixed black and white.
     """
     stored = read(image, decoder, name)
     oriented = decoder == "cv2" if oriented is None else oriented
@@ -72,7 +88,16 @@ def decode(
 
 
 def read(image: bytes | Image.Image, decoder: str, name: str = "image") -> Stored:
-    """Read an image as it is stored; arguments and errors as in `decode`."""
+    """Decode an image as it is stored, without EXIF's rotation.
+
+    Args:
+      image: encoded bytes, or a Pillow image, which gives the pixels that a file with its content would give.
+      decoder: "cv2" or "pillow".
+      name: name of the image, for errors.
+
+    Raises:
+      InputError: the image is damaged, too narrow, or has no fixed black and white.
+    """
     _keep_to_one_thread()
     with _damage_named(name):
         if isinstance(image, bytes) and image.startswith(jpeg.START):
@@ -80,24 +105,27 @@ def read(image: bytes | Image.Image, decoder: str, name: str = "image") -> Store
             return Stored(_jpeg_pixels(image, decoder), header.orientation, header.mode)
         opened = _open(image, name) if isinstance(image, bytes) else image
         _require_breadth(opened.height, opened.width, name)
-        opened.load()  # Only then PNGs know their orientation, and TIFFs are turned.
+        opened.load()  # Loading reads the orientation of PNGs and turns TIFFs.
         return Stored(_rgb(opened, name), _orientation(opened), opened.mode)
 
 
 def decode_part(
-    data: bytes, decoder: str, choose: Callable[[int, int], tuple[bool, tuple]], name: str = "image"
-) -> np.ndarray | None:
-    """Decode a part of a JPEG by libjpeg-turbo's fastest methods, and as little as possible of the rest.
+    data: bytes, decoder: str, choose: Callable[[int, int], Choice], name: str = "image"
+) -> UInt8[np.ndarray, "height width 3"] | None:
+    """Decode a part of a JPEG with libjpeg-turbo's fastest methods, and as little as possible of the rest.
 
     Args:
       data: encoded bytes.
-      decoder: as in `decode`; here it only says whether EXIF counts.
-      choose: a function of height and width that returns (whether half of the resolution would do, the part: top,
-        left, height and width).
-      name: what errors call the image.
+      decoder: as in `decode`; here it only decides whether EXIF's rotation applies.
+      choose: returns the Choice for the height and width of the image, in pixels.
+      name: name of the image, for errors.
+
     Returns:
-      uint8 (height, width, 3) in RGB, or half of both; None for what is no JPEG in color or grey, before `choose` is
-      called.
+      The part in RGB, at full or half resolution. None, without a call of `choose`, for a file that is not a JPEG in
+      color or grey.
+
+    Raises:
+      InputError: the image is damaged or too narrow.
     """
     if not data.startswith(jpeg.START):
         return None
@@ -110,30 +138,37 @@ def decode_part(
         half, box = choose(*(header[:2] if orientation < 5 else header[1::-1]))
         box = _stored_box(box, orientation, header.height, header.width)
         file, held = jpeg.cut(data, header, *box)
+        top, left = box[0] - held[0], box[1] - held[1]
         least = {"min_height": -(-held[2] // 2), "min_width": -(-held[3] // 2), "min_factor": 2} if half else {}
         try:
             pixels = simplejpeg.decode_jpeg(file, "RGB", fastdct=True, fastupsample=True, strict=False, **least)
-        except ValueError:  # The others may know what to do.
-            pixels, held, half = _jpeg_pixels(data, decoder), (0, 0), False
-        box = (box[0] - held[0], box[1] - held[1], *box[2:])
-        top, left, height, width = (length // 2 if half else length for length in box)
+        except ValueError:  # The other decoders may read the file.
+            pixels, (top, left), half = _jpeg_pixels(data, decoder), box[:2], False
+        top, left, height, width = (length // 2 if half else length for length in (top, left, *box[2:]))
         return turned(pixels[top : top + height, left : left + width], orientation)
 
 
-def _keep_to_one_thread():
-    """Turn OpenCV's threads off: images are decoded side by side, and threads inside one image get in the way."""
-    cv2.setNumThreads(0)  # Not at import, which must change no setting of the process; it takes 0.2 microseconds.
+def _keep_to_one_thread() -> None:
+    """Turn OpenCV's threads off: several images are decoded at a time, and threads inside an image would compete."""
+    cv2.setNumThreads(0)  # Not at import, which must not change settings of the process; it takes 0.2 microseconds.
 
 
-def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored pixels (H, W, 3) as EXIF's orientation asks."""
+def turned(
+    pixels: UInt8[np.ndarray, "height width 3"], orientation: int
+) -> UInt8[np.ndarray, "turned_height turned_width 3"]:
+    """Rotate and flip stored pixels.
+
+    Args:
+      pixels: the image as stored.
+      orientation: EXIF's orientation, 1 to 8.
+    """
     if orientation >= 5:
         pixels = cv2.transpose(pixels)
     return cv2.flip(pixels, FLIPS[orientation]) if orientation in FLIPS else pixels
 
 
-def _stored_box(box, orientation, height, width):
-    """Where a box (top, left, height, width) of the turned image lies in the stored one, of that height and width."""
+def _stored_box(box: jpeg.Box, orientation: int, height: int, width: int) -> jpeg.Box:
+    """Convert a box of the turned image to one of the stored image, whose height and width are given."""
     top, left, tall, wide = box
     if orientation >= 5:
         height, width = width, height
@@ -147,27 +182,28 @@ def _stored_box(box, orientation, height, width):
 
 @contextlib.contextmanager
 def _damage_named(name: str) -> Iterator[None]:
-    """Turn what the decoders raise into one error that names the image."""
+    """Replace the exceptions of the decoders by an InputError that names the image."""
     try:
         yield
     except InputError:
-        raise  # A ValueError too, which names the image already.
+        raise  # This ValueError names the image already.
     except DAMAGE as error:
         reason = str(error).splitlines()[0].split(" <_io")[0] if str(error) else type(error).__name__
         raise InputError(f"image {name} is damaged or not an image ({reason}); repair or remove it") from error
 
 
-def _require_breadth(height, width, name):
+def _require_breadth(height: int, width: int, name: str) -> None:
+    """Raise InputError if one side of an image is far longer than the other."""
     if max(height, width) > LONGEST * min(height, width):
         raise InputError(
-            f"image {name} has {width} x {height} pixels, which is too narrow to tell anything; cut a part out"
+            f"image {name} has {width} x {height} pixels, which is too narrow to show anything; crop a part of it"
         )
 
 
-def _jpeg_header(data, name):
-    """The jpeg.Header of a file that can be decoded.
+def _jpeg_header(data: bytes, name: str) -> jpeg.Header:
+    """Read the header of a JPEG file. Raise an exception if the file is truncated or cannot be decoded.
 
-    OpenCV paints the missing part of a cut JPEG grey and says nothing; Pillow refuses cut files, and so do we.
+    Pillow also refuses truncated files. OpenCV would silently fill the missing part with grey.
     """
     header = jpeg.read_header(data)
     if header.bits != 8:
@@ -176,10 +212,10 @@ def _jpeg_header(data, name):
     return header
 
 
-def _jpeg_pixels(data, decoder):
-    """uint8 (H, W, 3) in RGB, as stored. Where the decoder refuses the file, the other one decides for both."""
+def _jpeg_pixels(data: bytes, decoder: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode a JPEG file as it is stored. If the decoder refuses the file, use the other one."""
 
-    def by_opencv():
+    def by_opencv() -> UInt8[np.ndarray, "height width 3"] | None:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
 
@@ -195,8 +231,8 @@ def _jpeg_pixels(data, decoder):
         return pixels
 
 
-def _open(data, name):
-    """A Pillow image. Colors of 32 bits, which Pillow does not know, are no damage."""
+def _open(data: bytes, name: str) -> Image.Image:
+    """Open an image with Pillow. Raise an InputError of its own for 32-bit colors, which Pillow does not support."""
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
@@ -208,8 +244,8 @@ def _open(data, name):
         raise
 
 
-def _tags_of_tiff(data):
-    """The tags of the first page. Raises any of DAMAGE for other files."""
+def _tags_of_tiff(data: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
+    """Read the tags of a TIFF's first page. Raise any exception of DAMAGE for other files."""
     big = b"+" in data[2:4]
     tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if big else 8])
     file = io.BytesIO(data)
@@ -218,16 +254,16 @@ def _tags_of_tiff(data):
     return tags
 
 
-def _unbounded_numbers(tags):
-    """What numbers a TIFF holds, if not unsigned ones of at most 16 bits; else None."""
+def _unbounded_numbers(tags: Mapping[int, Any]) -> str | None:  # Each tag has a type of its own.
+    """Describe the numbers in a TIFF, or return None if they are unsigned and have at most 16 bits."""
     bits, kind = (max(tags.get(tag, (1,))) for tag in (TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT))
     if bits > 16:
         return f"{bits} bits"
     return {2: f"signed {bits} bits", 3: f"floats of {bits} bits"}.get(kind)
 
 
-def _rgb(image, name):
-    """uint8 (H, W, 3) of a Pillow image."""
+def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Convert a Pillow image to RGB."""
     if image.mode.startswith(("I", "F")):
         grey = _grey_of_16_bits(image, name)
         return np.repeat(grey[..., None], 3, axis=-1)
@@ -239,32 +275,39 @@ def _rgb(image, name):
     return np.asarray(image.convert("RGB"))
 
 
-def _grey_of_16_bits(image, name):
-    """uint8 (H, W): the upper eight bits, which Pillow's `convert` would not take but clip."""
-    tags = getattr(image, "tag_v2", {})  # Only TIFFs have them.
+def _grey_of_16_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "height width"]:
+    """Return the upper eight bits of a Pillow image; its `convert` would clip the values instead."""
+    tags = getattr(image, "tag_v2", {})  # Only TIFFs have tags.
     if not image.mode.startswith("I;16") and (image.mode, image.format) != ("I", "PPM"):
         raise _too_deep(_unbounded_numbers(tags) or "32 bits", name)
-    bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)))  # Or 12.
+    bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)))  # 16 or 12.
     grey = (np.asarray(image) >> bits - 8).astype(np.uint8)
     return ~grey if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else grey
 
 
-def _too_deep(numbers, name):
-    """The InputError about numbers that have no fixed black and white."""
+def _too_deep(numbers: str, name: str) -> InputError:
+    """Return the InputError about an image whose numbers have no fixed black and white."""
     return InputError(
-        f"image {name} has {numbers} a channel, which do not say what is black and what is white; "
-        "convert it to 8 or 16 bits"
+        f"image {name} has {numbers} a channel, which do not define black and white; convert it to 8 or 16 bits"
     )
 
 
-def _orientation(image):
-    """EXIF's orientation of a Pillow image, 1 to 8. Pillow joins the blocks of a JPEG, and then reads the first one."""
+def _orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation of a Pillow image, 1 to 8."""
+    # Pillow itself joins the EXIF blocks of a JPEG before it reads them.
     segments = [data for place, data in getattr(image, "applist", []) if place == "APP1" and data.startswith(jpeg.EXIF)]
     return jpeg.orientation_in(segments or [image.info.get("exif", b"")])
 
 
-def to_channels(pixels, channels):
-    """A grey (H, W) or (H, W, 1) or RGB (H, W, 3) array with 3 channels or 1: (H, W, C)."""
+def to_channels(
+    pixels: UInt8[np.ndarray, "height width *grey_or_rgb"], channels: int
+) -> UInt8[np.ndarray, "height width {channels}"]:
+    """Convert an image to grey or RGB.
+
+    Args:
+      pixels: the image: grey (H, W) or (H, W, 1), or RGB (H, W, 3).
+      channels: 1 for grey, 3 for RGB.
+    """
     if pixels.shape[2:] == (1,):
         pixels = pixels[..., 0]
     if channels == 1 and pixels.ndim == 3:

@@ -1,4 +1,4 @@
-"""Fingerprints: by what a training recognizes its data again, without reading an image."""
+"""Fingerprints, by which a training recognizes its data without reading an image."""
 
 import hashlib
 import unicodedata
@@ -8,13 +8,13 @@ from .sources import Source
 
 
 class Fingerprint(NamedTuple):
-    """What a training remembers of the data of a split.
+    """The identity of the data in a split.
 
     Attributes:
-      examples: their number.
-      sha256: of the classes, and of the name, size and label of each example in order, in hexadecimal; of a TFDS data
-        set of its name, version, split and shards instead. It does not depend on where the data lie, nor on whether
-        they are a folder, a zip or a tar.
+      examples: number of examples.
+      sha256: hash of the classes and of the name, size and label of each example in order, in hexadecimal. For a TFDS
+        data set it covers the name, version, split and shards instead. It does not depend on the place of the data, nor
+        on whether they are a folder, a zip or a tar.
     """
 
     examples: int
@@ -22,9 +22,9 @@ class Fingerprint(NamedTuple):
 
 
 def take_fingerprint(source: Source) -> Fingerprint:
-    """Return the Fingerprint of a source: two microseconds an example, and a look at each file's size."""
+    """Return the Fingerprint of a source, in two microseconds per example and one query of each file's size."""
     digest = hashlib.sha256(repr((source.num_classes, source.classes)).encode())
     for trait in source.traits():
-        # Some systems change the Unicode form of names when they copy them.
+        # Some systems change the Unicode form of a name when they copy a file.
         digest.update(unicodedata.normalize("NFC", f"{trait!r}\n").encode())
     return Fingerprint(len(source), digest.hexdigest())

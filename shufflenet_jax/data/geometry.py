@@ -1,25 +1,28 @@
-"""The evaluation transform, on the host: uint8 pixels to uint8 crops.
+"""The evaluation transform on the host, up to a uint8 crop: equals those of MMPretrain, torchvision and Megvii."""
 
-It follows MMPretrain, torchvision and Megvii to the pixel.
-"""
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
+from ..config import Preprocess
 from ..errors import InputError
-from .decoding import pixels_of
+from .decoding import AnyImage, pixels_of
 
 
-def prepare(image, preprocess, name="image"):
-    """The whole evaluation transform but normalisation.
+def prepare(image: AnyImage, preprocess: Preprocess, name: str = "image") -> UInt8[np.ndarray, "crop crop channels"]:
+    """Decode, resize and crop an image for evaluation. Normalization follows on the device.
 
     Args:
-      image: encoded bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey.
-      preprocess: a Preprocess.
-      name: what errors call the image.
+      image: the image; arrays are in RGB or grey.
+      preprocess: how to prepare it.
+      name: name of the image, for errors.
+
     Returns:
-      uint8 (crop, crop, C), RGB or grey.
+      The crop, in RGB or grey.
+
     Raises:
       InputError: the image is damaged, or the network takes other channels than images have.
     """
@@ -31,29 +34,50 @@ def prepare(image, preprocess, name="image"):
     return center_crop(resize_short_side(pixels_of(image, preprocess, name), preprocess), preprocess.crop)
 
 
-def resize_short_side(pixels, preprocess):
-    """Bilinear, short side to `preprocess.resize`; how the long side is rounded goes with the backend."""
+def resize_short_side(
+    pixels: UInt8[np.ndarray, "height width channels"], preprocess: Preprocess
+) -> UInt8[np.ndarray, "new_height new_width channels"]:
+    """Resize an image bilinearly, its short side to `preprocess.resize`.
+
+    Args:
+      pixels: the image.
+      preprocess: its backend decides about antialiasing, and how the long side is rounded.
+    """
     height, width = pixels.shape[:2]
     short, target = min(height, width), preprocess.resize
     if short == target:
         return pixels
     if preprocess.backend == "cv2":
-        # As in Megvii's code: divide first, then round to nearest.
+        # Megvii's code divides first and rounds to the nearest integer.
         size = tuple(target if side == short else int(target / short * side + 0.5) for side in (width, height))
         return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR).reshape(size[1], size[0], -1)
     return resize_pillow(pixels, [target if side == short else int(target * side / short) for side in (width, height)])
 
 
-def resize_pillow(pixels, size):
-    """A uint8 (H, W, C) array at another (width, height), bilinear with antialiasing."""
-    # Image.fromarray knows grey images without a channel axis alone.
+def resize_pillow(
+    pixels: UInt8[np.ndarray, "height width channels"], size: Sequence[int]
+) -> UInt8[np.ndarray, "{size[1]} {size[0]} channels"]:
+    """Resize an image bilinearly with antialiasing.
+
+    Args:
+      pixels: the image.
+      size: (width, height) of the result, in pixels.
+    """
+    # Image.fromarray takes grey images only without a channel axis.
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    resized = Image.fromarray(squeezed).resize(size, Image.Resampling.BILINEAR)
+    resized = Image.fromarray(squeezed).resize((size[0], size[1]), Image.Resampling.BILINEAR)
     return np.asarray(resized).reshape(size[1], size[0], -1)
 
 
-def center_crop(pixels, side):
-    """The central square of a uint8 (H, W, C) array."""
-    # Python's round takes halves to the even neighbour, like the originals.
+def center_crop(
+    pixels: UInt8[np.ndarray, "height width channels"], side: int
+) -> UInt8[np.ndarray, "{side} {side} channels"]:
+    """Return the central square of an image.
+
+    Args:
+      pixels: the image, at least as large as the square.
+      side: of the square, in pixels.
+    """
+    # Python's round takes halves to the even neighbor, as the original implementations do.
     top, left = (max(0, round((length - side) / 2)) for length in pixels.shape[:2])
     return pixels[top : top + side, left : left + side]

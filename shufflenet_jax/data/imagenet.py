@@ -1,4 +1,4 @@
-"""ImageNet as it is distributed: the challenge's tars, and the labels of validation images that lie in no folders."""
+"""ImageNet as it is distributed: the tars of ILSVRC2012, and labels for validation images without class folders."""
 
 import re
 from collections.abc import Iterable
@@ -14,18 +14,24 @@ from .labels import imagenet_classes, validation_wnids
 from .locations import Location
 from .trees import Skipped, Tree, walk
 
-SOLUTION, SOLUTION_ABOVE = "LOC_val_solution.csv", 3  # Kaggle's labels, and how far above the images they may lie.
+SOLUTION, SOLUTION_ABOVE = "LOC_val_solution.csv", 3  # Kaggle's labels, and how many levels above they may be.
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-TEST_NAME = re.compile(r"ILSVRC2012_test_\d{8}\.JPEG")  # Nobody has published their labels.
+TEST_NAME = re.compile(r"ILSVRC2012_test_\d{8}\.JPEG")  # The labels of these images are not public.
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 WNID_TAR = re.compile(r"(n\d{8})\.tar")
-BESIDE = "beside the tars"  # Why an image is ignored.
+BESIDE = "beside the tars"  # A reason to ignore an image.
 
 
 def labels_of_validation(images: Iterable[str], chain: list[Tree], path: Path) -> dict[str, str] | None:
-    """Return the WNID of each image of ImageNet's validation set, from Kaggle's table or else the challenge's list.
+    """Return the labels of ImageNet's validation images, from Kaggle's table or, without one, the challenge's list.
 
-    None where any image is not in there.
+    Args:
+      images: names of the images.
+      chain: the folder with the images, last, and the folders that contain it.
+      path: path that the user gave, above which Kaggle's table may be.
+
+    Returns:
+      {name: WordNet ID}, or None if any image has no label there.
     """
     names = list(images)
     table = _solution(chain, path)
@@ -38,12 +44,12 @@ def labels_of_validation(images: Iterable[str], chain: list[Tree], path: Path) -
             name: wnids[int(number[1]) - 1] if number and 1 <= int(number[1]) <= len(wnids) else None
             for name, number in numbers.items()
         }
-    found = {name: label for name, label in labels.items() if label}
-    return found if len(found) == len(names) else None
+    labeled = {name: label for name, label in labels.items() if label}
+    return labeled if len(labeled) == len(names) else None
 
 
 def _solution(chain: list[Tree], path: Path) -> dict[str, str]:
-    """Return Kaggle's table of the validation set, {image: WNID}, from among the folders or above them, or {}."""
+    """Return Kaggle's table of the validation set, {image: WordNet ID}, from the folders or above them, or {}."""
     inside = (tree.files[SOLUTION] for tree in reversed(chain) if SOLUTION in tree.files)
     above = islice(path.resolve().parents, SOLUTION_ABOVE)
     beside = (Location(str(folder / SOLUTION)) for folder in above if (folder / SOLUTION).is_file())
@@ -55,7 +61,12 @@ def _solution(chain: list[Tree], path: Path) -> dict[str, str]:
 
 
 def open_official(path: Path, top: Tree) -> Inventory | None:
-    """Return the Inventory of ILSVRC2012's tars: a folder that holds them, or one of them; None for anything else."""
+    """Return the Inventory of ILSVRC2012's tars, or None if there are none.
+
+    Args:
+      path: a folder with the tars, or one of them.
+      top: the contents of that folder or tar.
+    """
     tars = {split: top.files[name] for split, name in OFFICIAL.items() if name in top.files}
     trees = {split: _inner_tar(where.path, where) for split, where in tars.items() if where.member is None}
     if not trees and any(map(WNID_TAR.fullmatch, top.files)) and path.is_file():
@@ -77,7 +88,7 @@ def open_official(path: Path, top: Tree) -> Inventory | None:
 
 
 def _inner_tar(name: str, where: Location) -> Tree:
-    """Open a tar that is a file, or a member of a tar."""
+    """Open a tar that is a file or a member of another tar."""
     return tree_of(name, read_tar(Path(name), Path(where.path), where.offset, where.size))
 
 
@@ -87,7 +98,7 @@ def _official_part(entries: list[Entry], skipped: Skipped) -> Part:
 
 
 def _read_train_tar(tree: Tree) -> Part:
-    """Read a tar with a tar for each class."""
+    """Read the tar of the training set, which holds a tar per class."""
     rank = {wnid: label for label, wnid in enumerate(imagenet_classes())}
     entries, skipped = [], Skipped()
     for skip in tree.listing.skips:
@@ -95,7 +106,7 @@ def _read_train_tar(tree: Tree) -> Part:
     for name in sorted({*tree.files, *tree.folders}):
         wnid = name.removesuffix(".tar")
         if wnid not in rank or name in tree.folders:
-            raise InputError(f"{tree.path} holds {printable(name)}, which is no class of ILSVRC2012")
+            raise InputError(f"{tree.path} holds {printable(name)}, which is not a class of ILSVRC2012; fetch it again")
         inner = _inner_tar(f"{tree.path}/{name}", tree.files[name])
         entries += [
             Entry(printable(PurePosixPath(path).name), rank[wnid], where) for path, where in walk(inner, skipped)
@@ -104,13 +115,16 @@ def _read_train_tar(tree: Tree) -> Part:
 
 
 def _read_validation_tar(tree: Tree) -> Part:
-    """Read a tar of images, whose labels are in the challenge's list."""
+    """Read the tar of the validation set. Its labels are in the challenge's list."""
     rank = {wnid: label for label, wnid in enumerate(imagenet_classes())}
     wnids, skipped, entries = validation_wnids(), Skipped(), []
     for path, where in walk(tree, skipped):
         name = PurePosixPath(path).name
         number = VALIDATION_NAME.fullmatch(name)
         if not number or not 1 <= int(number[1]) <= len(wnids):
-            raise InputError(f"{tree.path} holds {printable(name)}, which is no image of ILSVRC2012's validation set")
+            raise InputError(
+                f"{tree.path} holds {printable(name)}, which is not an image of ILSVRC2012's validation set; "
+                "fetch it again"
+            )
         entries.append(Entry(name, rank[wnids[int(number[1]) - 1]], where))
     return _official_part(entries, skipped)

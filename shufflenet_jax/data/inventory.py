@@ -1,4 +1,4 @@
-"""What a place with images holds: its splits, the images of each with their labels, and what is ignored."""
+"""The contents of a place with images: its splits, their images and labels, and ignored files."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -15,9 +15,9 @@ class Entry(NamedTuple):
     """An image.
 
     Attributes:
-      name: its path below the split, or in the list.
-      label: its place among the classes, or what the list says.
-      location: where its bytes lie.
+      name: its path below the split, or as the list has it.
+      label: index of its class, or the label in the list.
+      location: where its bytes are.
     """
 
     name: str
@@ -26,7 +26,12 @@ class Entry(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What was decided or ignored, in one line, and its level of logging."""
+    """A message about decisions or ignored files.
+
+    Attributes:
+      level: level of logging.
+      text: the message, one line.
+    """
 
     level: int
     text: str
@@ -38,11 +43,11 @@ class Part:
 
     Attributes:
       entries: the images, in order.
-      classes: the name of each label; None where a list says the labels.
-      present: the classes that this split has.
-      num_classes: the number of classes, or the largest label of a list, plus one.
-      skipped: what is ignored in it.
-      notes: what is odd about it.
+      classes: name of each label; None if the labels come from a list.
+      present: the classes that occur in this split.
+      num_classes: number of classes; for a list its largest label plus one.
+      skipped: ignored files.
+      notes: messages about the split.
     """
 
     entries: list[Entry]
@@ -55,15 +60,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a place holds.
+    """The contents of a place with images.
 
     Attributes:
       place: its path.
-      splits: what reads each split.
-      unusable: splits of which no data set can be made, and why.
+      splits: {name of a split: the function that reads it}.
+      unusable: {name of a split that cannot become a data set: the reason}.
       elsewhere: folders beside the splits.
-      skipped: what is ignored around the splits.
-      notes: what was decided for the place as a whole.
+      skipped: ignored files outside the splits.
+      notes: messages about the place.
     """
 
     place: str
@@ -75,13 +80,18 @@ class Inventory:
 
 
 def report_notes(notes: Iterable[Note]) -> None:
-    """Log what was decided and ignored, each line once."""
+    """Log notes, each different one once."""
     for note in dict.fromkeys(notes):
         logger.log(note.level, note.text)
 
 
 def describe_skipped(place: str, *parts: Skipped) -> tuple[Note, ...]:
-    """Return the line about the files of a place that are ignored, or nothing where there are none."""
+    """Return a note about the ignored files of a place, or no note if there are none.
+
+    Args:
+      place: path of the place.
+      parts: ignored files in its parts.
+    """
     skipped = Skipped()
     for part in parts:
         skipped.merge(part)
@@ -95,5 +105,10 @@ def count_images(images: Sized) -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """Return how many names there are, with the first ones."""
+    """Return the number of names and the first ones.
+
+    Args:
+      names: the names.
+      most: how many of them to show.
+    """
     return f"{len(names):,} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"

@@ -1,6 +1,6 @@
-"""JPEG files without decoding them: what their headers say, and smaller files with a part of their pixels.
+"""JPEG files without decoding: reads their headers, and cuts out smaller files that hold a part of the pixels.
 
-Decoders that come from PyPI decode whole files. A file that was cut before costs them only what is left of it.
+The decoders on PyPI decode whole files. They take less time for a file that was cut before.
 """
 
 import contextlib
@@ -11,38 +11,55 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-START = b"\xff\xd8"  # How such a file begins, and how it ends.
-END = b"\xff\xd9"
-MOST_PIXELS = 178_956_970  # Beyond which Pillow refuses an image.
-ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
+START = b"\xff\xd8"  # The first bytes of a file.
+END = b"\xff\xd9"  # The last bytes of a file.
+MOST_PIXELS = 178_956_970  # Pillow's limit: it refuses larger images.
+ORIENTATION = 0x0112  # EXIF's tag for the orientation. Orientations 5 to 8 swap width and height.
 EXIF = b"Exif\0\0"
-MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # Pillow's names for what so many channels hold.
+MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # {number of channels: Pillow's name of the mode}
 FIRST = 0xC0  # Lower markers have no meaning.
-NOWHERE = (0xFF, START[1], END[1])  # No markers of the header's segments.
-UNMARKED = (0x00, 0xFF)  # Behind 0xFF: a stray byte, or one of any number that may fill up before a marker.
+NOWHERE = (0xFF, START[1], END[1])  # Markers that begin no segment of a header.
+UNMARKED = (0x00, 0xFF)  # After 0xFF these mean a stray byte, or padding before a marker.
 SCAN = 0xDA  # The marker before the coded pixels.
-RESTART = 0xD0  # To 0xD7, in turn: markers behind which nothing depends on what came before.
+RESTART = 0xD0  # The first of eight restart markers, used cyclically. Decoding can start anew after each of them.
+
+Box = tuple[int, int, int, int]  # (top, left, height, width), in pixels.
 
 
 class Header(NamedTuple):
-    """What a file says of itself."""
+    """The header of a file.
 
-    height: int  # As stored, in pixels.
+    Attributes:
+      height: of the image as stored, in pixels.
+      width: of the image as stored, in pixels.
+      bits: bits per channel.
+      mode: Pillow's name of the colors, as stored.
+      orientation: EXIF's orientation, 1 to 8.
+      frame: position in the file of the segment with the size.
+      scan: position in the file of the coded pixels.
+      unit: (height, width) of the coded blocks, in pixels; None for a file that cannot be cut.
+      restarts: whether each of these blocks can be decoded without the others.
+    """
+
+    height: int
     width: int
-    bits: int  # Of each channel.
-    mode: str  # Pillow's name of the colors, as stored.
-    orientation: int  # EXIF's, 1 to 8.
-    frame: int  # Where its segment begins, which tells the size.
-    scan: int  # Where the coded pixels begin.
-    unit: tuple[int, int] | None  # Height and width of the blocks that are coded in turn; None: it stays whole.
-    apart: bool  # Whether each of these blocks can be decoded without the others.
+    bits: int
+    mode: str
+    orientation: int
+    frame: int
+    scan: int
+    unit: tuple[int, int] | None
+    restarts: bool
 
 
 def read_header(data: bytes) -> Header:
-    """Read the Header of a whole JPEG file.
+    """Read the header of a JPEG file.
+
+    Args:
+      data: the whole file.
 
     Raises:
-      ValueError: a part of the file was cut off, it is too large, or its header is none that the decoders read.
+      ValueError: the file is truncated or too large, or the decoders cannot read its header.
     """
     frame = interval = 0
     blocks = []
@@ -55,11 +72,11 @@ def read_header(data: bytes) -> Header:
             blocks.append(data[position + 4 : position + 2 + _number(data, position + 2)])
         elif marker == SCAN:
             break
-    # Behind the start of the scan, 0xFF is followed by 0xD9 at the end of the image alone.
+    # After the start of the scan, 0xFF 0xD9 occurs only at the end of the image.
     if data.rfind(END) < position:
         raise ValueError("the file is truncated")
     if not frame:
-        raise ValueError("no part of the file tells the size")
+        raise ValueError("the file does not state its size")
     height, width = (_number(data, frame + place) for place in (5, 7))
     if height * width > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels are too many")
@@ -73,8 +90,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, where its 0xFF stands) up to the first scan; stray bytes between segments are skipped, as by
-    libjpeg."""
+    """Yield (marker, position of its 0xFF) up to the first scan. Skip stray bytes between segments, as libjpeg does."""
     position = len(START)
     while (position := data.find(b"\xff", position)) >= 0 and position + 1 < len(data):
         marker = data[position + 1]
@@ -88,24 +104,28 @@ def _markers(data: bytes) -> Iterator[tuple[int, int]]:
     raise ValueError("the file is truncated")
 
 
-def cut(data, header, top, left, height, width):
-    """A file with less of the pixels: at least those of a box, the same as in the whole file.
+def cut(data: bytes, header: Header, top: int, left: int, height: int, width: int) -> tuple[bytes, Box]:
+    """Cut out a smaller file with the same pixels in a box.
 
-    Below the box nothing is left of any file that codes its blocks once, from top to bottom. Above it and beside it
-    pixels can be left out where each block stands alone, as in those that `prepare --short-edge` writes.
+    The result lacks the blocks below the box, if the file codes its blocks once, from top to bottom. It also lacks the
+    blocks above and beside the box, if each block can be decoded alone, as in files from `preparation.records`.
 
     Args:
-      data: encoded bytes.
-      header: their Header.
-      top, left, height, width: the box, in pixels as stored.
+      data: the encoded file.
+      header: its header.
+      top: of the box, in pixels as stored.
+      left: of the box, in pixels as stored.
+      height: of the box, in pixels.
+      width: of the box, in pixels.
+
     Returns:
-      (encoded bytes, the box that they hold).
+      The smaller file, and the box of the original image that it holds.
     """
     if header.unit is None:
         return data, (0, 0, header.height, header.width)
     tall, wide = header.unit
     rows, columns = slice(top // tall, -(-(top + height) // tall)), slice(left // wide, -(-(left + width) // wide))
-    coded = _blocks(data, header, rows, columns) if header.apart else None
+    coded = _blocks(data, header, rows, columns) if header.restarts else None
     if coded is None:
         coded, rows, columns = data[header.scan :], slice(0, rows.stop), slice(0, -(-header.width // wide))
     top, left = rows.start * tall, columns.start * wide
@@ -115,32 +135,33 @@ def cut(data, header, top, left, height, width):
     return head + coded, (top, left, height, width)
 
 
-def _blocks(data, header, rows, columns):
-    """The coded pixels of some blocks; None where the file has not as many as its header says."""
+def _blocks(data: bytes, header: Header, rows: slice, columns: slice) -> bytes | None:
+    """Return the coded pixels of some blocks, or None if the file has another number of blocks than its header says."""
+    assert header.unit
     tall, wide = -(-header.height // header.unit[0]), -(-header.width // header.unit[1])
     coded = np.frombuffer(data, np.uint8, data.rfind(END) + len(END) - header.scan, header.scan)
     marks = np.flatnonzero(coded[:-1] == 0xFF)
     marks = marks[coded[marks + 1] & 0xF8 == RESTART]
     if len(marks) != tall * wide - 1:
         return None
-    # Where each block begins and ends, with the marker behind it.
+    # Start and end of each block, with the marker after it.
     edges = np.concatenate([[0], marks + 2, [len(coded)]])
     starts, ends = (edges[side:][: tall * wide].reshape(tall, wide)[rows, columns] for side in (0, 1))
     runs = zip(starts[:, 0].tolist(), ends[:, -1].tolist(), strict=True)
-    found = np.concatenate([coded[start:end] for start, end in runs])
-    behind = np.cumsum(ends - starts) - 1
-    found[behind] = RESTART + np.arange(len(behind)) % 8
-    found[behind[-1]] = END[1]
-    return found.tobytes()
+    chosen = np.concatenate([coded[start:end] for start, end in runs])
+    last_bytes = np.cumsum(ends - starts) - 1
+    chosen[last_bytes] = RESTART + np.arange(len(last_bytes)) % 8
+    chosen[last_bytes[-1]] = END[1]
+    return chosen.tobytes()
 
 
-def _number(data, position):
-    """Two bytes of a file, or as many as it has."""
+def _number(data: bytes, position: int) -> int:
+    """Read a number of two bytes; at the end of the file, of as many as there are."""
     return int.from_bytes(data[position : position + 2], "big")
 
 
-def _unit(data, frame, scan):
-    """The size in pixels of the blocks that one scan codes in turn, or None where there are several scans."""
+def _unit(data: bytes, frame: int, scan: int) -> tuple[int, int] | None:
+    """Return (height, width) of the coded blocks in pixels, or None if there are several scans."""
     if data[frame + 1 : frame + 2] not in (b"\xc0", b"\xc1") or data[frame + 9] != data[scan + 4]:
         return None
     count = data[frame + 9]
@@ -152,9 +173,13 @@ def _unit(data, frame, scan):
 
 
 def orientation_in(blocks: Iterable[bytes]) -> int:
-    """Return EXIF's orientation, 1 to 8: that of the first block that has one, as OpenCV does.
+    """Return EXIF's orientation, 1 to 8, from the first block that has one, as OpenCV does.
 
-    What cannot be read, and any other number, counts as upright.
+    Args:
+      blocks: EXIF data. Blocks that cannot be read are skipped.
+
+    Returns:
+      The orientation; 1, upright, if there is none or its number is invalid.
     """
     for block in blocks:
         with contextlib.suppress(SyntaxError, OSError, ValueError, LookupError, TypeError, struct.error):

@@ -1,9 +1,9 @@
-"""Names of classes: their order and spelling, and those of ILSVRC2012 from the challenge's own lists."""
+"""Class names: their order and spelling, and ImageNet's own from the lists of the challenge ILSVRC2012."""
 
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from functools import cache
 from importlib.resources import files
@@ -17,49 +17,62 @@ NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
 
 @cache
-def imagenet_classes():
-    """{WNID: short name}, in label order."""
+def imagenet_classes() -> dict[str, str]:
+    """Return {WordNet ID: short name} of ImageNet's classes, in the order of the labels."""
     lines = files(__package__).joinpath("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines)
 
 
 @cache
 def validation_wnids() -> list[str]:
-    """Return the WNID of each validation image of ILSVRC2012 by its number; the list ships with TFDS."""
-    spec = find_spec("tensorflow_datasets")  # Importing it costs half a second.
+    """Return the WordNet ID of each validation image of ILSVRC2012, by number. TFDS contains the list."""
+    spec = find_spec("tensorflow_datasets")  # Importing TFDS takes half a second.
     assert spec and spec.origin
     path = Path(spec.origin).parent / "datasets" / "imagenet2012" / "validation_labels.txt"
     return path.read_text(encoding="utf-8").split()
 
 
-def class_name(classes, label):
-    """What people call a class: ImageNet's by its short name, others as their data does; without names, the label."""
+def class_name(classes: Sequence[str] | None, label: int) -> str:
+    """Return the name of a class as people read it: for ImageNet the short name.
+
+    Args:
+      classes: name of each label; None gives the label itself.
+      label: index of the class.
+    """
     return imagenet_classes().get(classes[label], classes[label]) if classes else str(label)
 
 
 def class_named(folder: str) -> str:
-    """Return the name of the class in a folder: without surrounding spaces, and as text whatever its bytes are.
+    """Return the class name that belongs to the name of a folder.
+
+    Args:
+      folder: name of the folder. Spaces around it are ignored, and bytes that are not text are escaped.
 
     Raises:
-      InputError: it has no name that can be printed.
+      InputError: the name has no characters, or some that cannot be printed.
     """
     name = printable(folder).strip()
     if not name or any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in name):
-        raise InputError(f"{folder!r} is no name for a class; use characters that can be printed")
+        raise InputError(f"{folder!r} is not a valid name for a class; use characters that can be printed")
     return name
 
 
 def spelling(name: str) -> str:
-    """Return what equal names have in common that differ in spaces around them, case or Unicode form.
+    """Return a normal form of a class name: without spaces around it, in lower case, and in Unicode's form NFC.
 
-    Single letters may differ in case: data sets of handwriting have classes a and A.
+    Single letters keep their case, since data sets of handwriting have classes a and A.
     """
     name = unicodedata.normalize("NFC", name).strip()
     return name if len(name) == 1 else unicodedata.normalize("NFC", name.casefold())
 
 
 def require_distinct(place: str, folders: Iterable[str]) -> None:
-    """Raises InputError if folders would be one class for some systems and two for others."""
+    """Raise InputError if two class folders have names that some file systems do not distinguish.
+
+    Args:
+      place: path of the folders, for the error.
+      folders: names of the folders.
+    """
     spellings: defaultdict[str, set[str]] = defaultdict(set)
     for folder in folders:
         spellings[spelling(folder)].add(folder)
@@ -78,6 +91,6 @@ def are_numbers(names: Iterable[str]) -> bool:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sort the names of classes: as numbers if all are numbers, else letter by letter."""
+    """Sort class names without duplicates: as numbers if all are numbers, else alphabetically."""
     ranked = sorted(set(names))
     return sorted(ranked, key=Decimal) if are_numbers(ranked) else ranked

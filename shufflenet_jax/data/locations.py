@@ -1,4 +1,4 @@
-"""Where the bytes of a stored file lie: a file, a part of one, or a member of a zip."""
+"""Locations of stored bytes: a file, a part of a file, or a member of a zip."""
 
 import functools
 import lzma
@@ -11,21 +11,32 @@ from typing import NamedTuple
 from ..errors import InputError
 from ..files import LARGEST, read_file
 
-# zipfile raises these for members that are missing, damaged, locked or packed in a way it does not know.
+# zipfile raises these for members that are missing, damaged, encrypted, or compressed by an unsupported method.
 IN_ZIP = (EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 UNREADABLE = (OSError, *IN_ZIP)
 
 
 class Location(NamedTuple):
-    """A file, a part of one, or a member of a zip. It can be sent to other processes."""
+    """A file, a part of a file, or a member of a zip. Other processes can use it too.
+
+    Attributes:
+      path: path of the file or zip.
+      offset: position in the file where the part starts, in bytes.
+      size: size of the part in bytes; -1 is the whole file.
+      member: name inside the zip; None outside zips.
+    """
 
     path: str
     offset: int = 0
-    size: int = -1  # Bytes; -1 is the whole file.
-    member: str | None = None  # Name inside the zip.
+    size: int = -1
+    member: str | None = None
 
-    def read(self):
-        """Read the bytes. Raises InputError if they cannot be read, or are far more than an image has."""
+    def read(self) -> bytes:
+        """Read the bytes.
+
+        Raises:
+          InputError: they cannot be read, or there are far more of them than an image has.
+        """
         try:
             if self.member is not None:
                 archive = open_zip(self.path)
@@ -38,35 +49,38 @@ class Location(NamedTuple):
                 file.seek(self.offset)
                 data = file.read(self.size)
             if len(data) < self.size:
-                raise EOFError(f"{self.path} ends in the middle of it")
+                raise EOFError(f"{self.path} is truncated")
             return data
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.member or self.path} cannot be read: {reason}; repair or remove it") from error
 
     def length(self) -> int:
-        """Return the number of bytes, without reading them; -1 where there is no such file."""
+        """Return the number of bytes without reading them; -1 if the file is missing."""
         if self.size >= 0:
             return self.size
         try:
             if self.member is not None:
                 return open_zip(self.path).getinfo(self.member).file_size
             return os.stat(self.path).st_size
-        except (OSError, KeyError, ValueError):  # ValueError is of a name that no file can have.
+        except (OSError, KeyError, ValueError):  # ValueError: no file can have this name.
             return -1
 
-    def _require_small(self, size):
+    def _require_small(self, size: int) -> None:
         if size > LARGEST:
             raise OSError(f"it has {size:,} bytes")
 
 
 def open_zip(path: str) -> zipfile.ZipFile:
-    """Open a zip once in each process, and anew when the file is another one. Threads may read members side by side.
+    """Open a zip, once per process unless the file changes. Several threads may read members at a time.
 
-    A process that was forked opens it for itself: else both would move one position in the file.
+    A forked process opens the zip again, since it would otherwise share the position in the file with its parent.
+
+    Args:
+      path: path of the zip.
     """
     status = os.stat(path)
-    with _opening:  # Its directory takes a gigabyte for a million members.
+    with _opening:  # The directory of a million members takes a gigabyte, so it is read once.
         return _open_zip(path, os.getpid(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 

@@ -1,33 +1,43 @@
-"""Mixup and CutMix on the device: each image meets the next one of its batch-norm group, the last one the first.
+"""Mixup and CutMix on the device: mixes each image with the next one of its batch-norm group, the last with the first.
 
-The draws follow torchvision's RandomMixUp and RandomCutMix: one for all images of a group, as each GPU drew one for its
-batch. They are a pure function of a key and the group's number, whatever the devices.
+As in torchvision's RandomMixUp and RandomCutMix, one draw serves a whole batch, which here is a batch-norm group: what
+one GPU held. The draws are a pure function of a key and the group's number, so they do not depend on the devices.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
+from ..batch_groups import BatchGroups
 from .normalization import inside
 
 
-def draw(key, groups, mixup, cutmix, height, width):
-    """How each image is to be mixed.
+def draw(
+    key: PRNGKeyArray, groups: Int[Array | np.ndarray, " batch"], mixup: float, cutmix: float, height: int, width: int
+) -> tuple[Float32[Array, " batch"], Float32[Array, "batch {height} {width}"]]:
+    """Draw how to mix each image.
 
     Args:
-      key: a JAX key, that of the step.
-      groups: (B,), the number of each image's group in the batch.
-      mixup, cutmix: parameters of Beta distributions, 0 for one that is not wanted; with both, a group has either.
-      height, width: of the images, in pixels.
+      key: random key of the step.
+      groups: the number of each image's group.
+      mixup: parameter of mixup's Beta distribution; 0 turns mixup off.
+      cutmix: parameter of CutMix's Beta distribution; 0 turns CutMix off. If both are on, each group draws one of them.
+      height: of the images, in pixels.
+      width: of the images, in pixels.
+
     Returns:
-      (share (B,) of each image in its own label, weights (B, H, W) of its own pixels), both float32.
+      The share of each image's own label in its target, and the weight of each of its own pixels.
     """
 
-    def of_group(group):
+    def of_group(
+        group: Int[Array, ""],
+    ) -> tuple[bool | Bool[Array, ""], Float32[Array, ""], Int[Array, "4"]]:
         keys = jax.random.split(jax.random.fold_in(key, group), 5)
         blend = jax.random.beta(keys[0], mixup or 1, mixup or 1, dtype=jnp.float32)
         paste = jax.random.beta(keys[1], cutmix or 1, cutmix or 1, dtype=jnp.float32)
         pasting = jax.random.bernoulli(keys[2]) if mixup and cutmix else bool(cutmix)
-        # The centre lies anywhere in the image, which cuts rectangles off: their area as it comes out counts.
+        # The center lies anywhere in the image. The border may cut the rectangle off, so its final area counts.
         half = 0.5 * jnp.sqrt(1 - paste)
         top, bottom = _span(keys[3], half, height)
         left, right = _span(keys[4], half, width)
@@ -40,13 +50,29 @@ def draw(key, groups, mixup, cutmix, height, width):
     return share, jnp.where(pasting[:, None, None], pasted, share[:, None, None])
 
 
-def _span(key, half, length):
-    """The first and the last but one pixel, within the image, of what reaches `half` the length to both sides."""
-    centre, reach = jax.random.randint(key, (), 0, length), (half * length).astype(jnp.int32)
-    return jnp.maximum(centre - reach, 0), jnp.minimum(centre + reach, length)
+def _span(key: PRNGKeyArray, half: Float[Array, ""], length: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Draw a range of pixels [start, stop) around a random center.
+
+    Args:
+      key: random key.
+      half: how far the range reaches to both sides, as a share of `length`. The border of the image cuts it off.
+      length: of the axis, in pixels.
+    """
+    center, reach = jax.random.randint(key, (), 0, length), (half * length).astype(jnp.int32)
+    return jnp.maximum(center - reach, 0), jnp.minimum(center + reach, length)
 
 
-def mix(images, weights, groups):
-    """Images (B, H, W, C) and the next ones of their groups, in the shares of `draw`'s weights."""
+def mix(
+    images: Float[Array, "batch height width channels"],
+    weights: Float[Array, "batch height width"],
+    groups: BatchGroups,
+) -> Float[Array, "batch height width channels"]:
+    """Mix each image with the next one of its group.
+
+    Args:
+      images: normalized images.
+      weights: the weight of each image's own pixels, from `draw`.
+      groups: the batch-norm groups of the images.
+    """
     weights = weights[..., None].astype(images.dtype)
     return weights * images + (1 - weights) * groups.following(images)

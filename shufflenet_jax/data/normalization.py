@@ -1,18 +1,24 @@
-"""uint8 crops to the network's input, on the device."""
+"""Normalization on the device: converts uint8 crops to the network's input."""
+
+from collections.abc import Mapping
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
+
+from ..config import Preprocess
 
 
-def network_inputs(batch, preprocess, dtype=jnp.float32):
-    """The images of a batch as the network takes them, on the device.
+def network_inputs(
+    batch: Mapping[str, Array | np.ndarray], preprocess: Preprocess, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "batch height width channels"]:
+    """Convert the images of a batch to the network's input.
 
     Args:
-      batch: {"images": uint8 (B, H, W, C) in RGB or grey}, and where training asks for it "flip": bool (B,), the rows
-        to mirror, and "erase": int (B, 4), top, left, height and width of a rectangle to blank in each row.
-      preprocess: a Preprocess.
+      batch: {"images": uint8 (B, H, W, C) in RGB or grey}. Training batches may add "flip", bool (B,), the images to
+        mirror, and "erase", int32 (B, 4), the rectangle to blank in each image, as (top, left, height, width).
+      preprocess: how to normalize.
       dtype: of the result.
-    Returns:
-      (B, H, W, C).
     """
     images = batch["images"]
     if "flip" in batch:
@@ -23,15 +29,31 @@ def network_inputs(batch, preprocess, dtype=jnp.float32):
     return inputs
 
 
-def inside(boxes, height, width):
-    """(B, height, width): which pixels lie in a rectangle each, (B, 4) with top, left, height and width."""
+def inside(boxes: Int[Array | np.ndarray, "batch 4"], height: int, width: int) -> Bool[Array, "batch {height} {width}"]:
+    """Return which pixels lie in the rectangle of each image.
+
+    Args:
+      boxes: the rectangles, as (top, left, height, width) in pixels.
+      height: of the images, in pixels.
+      width: of the images, in pixels.
+    """
     top, left, tall, wide = (column[:, None] for column in boxes.T)
     rows, columns = (jnp.arange(side)[None] for side in (height, width))
     return ((rows >= top) & (rows < top + tall))[:, :, None] & ((columns >= left) & (columns < left + wide))[:, None]
 
 
-def normalize(images, preprocess, dtype=jnp.float32):
-    """uint8 crops (B, H, W, C) in RGB or grey to the network's input, on the device."""
+def normalize(
+    images: UInt8[Array | np.ndarray, "batch height width channels"],
+    preprocess: Preprocess,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "batch height width channels"]:
+    """Convert uint8 crops to the network's input.
+
+    Args:
+      images: crops in RGB or grey.
+      preprocess: how to normalize.
+      dtype: of the result.
+    """
     if preprocess.channel_order == "BGR":
         images = images[..., ::-1]
     wide = jnp.promote_types(dtype, jnp.float32)

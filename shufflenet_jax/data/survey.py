@@ -1,7 +1,8 @@
-"""What is in a data set: which images cannot be read, which are unusual, and how they spread over the classes."""
+"""A survey of a data set: unreadable and unusual images, and the number of images per class."""
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,53 +11,87 @@ import numpy as np
 
 from ..errors import InputError
 from .decoding import read
+from .sources import Source
 from .workers import usable_cores
 
-AHEAD = 64  # Images under way at a time, for each thread.
+AHEAD = 64  # Images that each thread has in its queue.
 
 
 class Facts(NamedTuple):
-    """One image."""
+    """The facts about one image.
+
+    Attributes:
+      name: its name.
+      label: its label.
+      fault: why it cannot be read; None if it can.
+      mode: Pillow's name of its colors, as stored.
+      size: (width, height) in pixels, as stored.
+      orientation: EXIF's orientation, 1 to 8.
+      digest: hash of its bytes.
+    """
 
     name: str
     label: int
-    fault: str | None = None  # Why it cannot be read.
-    mode: str = "L"  # Pillow's name of its colours, as stored.
-    size: tuple[int, int] = (0, 0)  # Width and height, as stored.
-    orientation: int = 1  # EXIF's.
+    fault: str | None = None
+    mode: str = "L"
+    size: tuple[int, int] = (0, 0)
+    orientation: int = 1
     digest: bytes = b""
 
 
 @dataclass
 class Survey:
-    """All images: names of the unusual ones, and counts."""
+    """The facts about all images.
+
+    Attributes:
+      images: number of images.
+      unreadable: what is wrong with each image that cannot be read, with its name.
+      grey: names of the grey images.
+      cmyk: names of the images in CMYK.
+      rotated: names of the images that EXIF rotates; torchvision's preprocessing ignores the rotation.
+      duplicates: groups of names with the same bytes.
+      sizes: {(width, height): number of images}, in pixels.
+      per_label: {label: number of images}.
+    """
 
     images: int = 0
-    unreadable: list = field(default_factory=list)  # What is wrong with which image.
-    grey: list = field(default_factory=list)
-    cmyk: list = field(default_factory=list)
-    rotated: list = field(default_factory=list)  # By EXIF; torchvision's preprocessing does not turn them.
-    duplicates: list = field(default_factory=list)  # Groups of names with the same bytes.
-    sizes: Counter = field(default_factory=Counter)  # {(width, height): images}
-    per_label: Counter = field(default_factory=Counter)  # {label: images}
+    unreadable: list[str] = field(default_factory=list)
+    grey: list[str] = field(default_factory=list)
+    cmyk: list[str] = field(default_factory=list)
+    rotated: list[str] = field(default_factory=list)
+    duplicates: list[list[str]] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    per_label: Counter[int] = field(default_factory=Counter)
 
 
-def survey(source, *, threads=None, on_done=lambda: None):
-    """Reads and decodes every image of a Source once; `on_done` is called after each. Returns a Survey."""
-    found, same = Survey(), defaultdict(list)
+def survey(source: Source, *, threads: int | None = None, on_done: Callable[[], object] = lambda: None) -> Survey:
+    """Read and decode every image of a source once.
+
+    Args:
+      source: the images.
+      threads: number of decoding threads; None: one per core.
+      on_done: called after each image.
+    """
+    result = Survey()
+    same: defaultdict[bytes, list[str]] = defaultdict(list)
     threads = threads or usable_cores()
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), AHEAD * threads):
             part = range(start, min(start + AHEAD * threads, len(source)))
             for facts in pool.map(lambda index: examine(source, index), part):
-                _add(found, same, facts)
+                _add(result, same, facts)
                 on_done()
-    found.duplicates = [names for names in same.values() if len(names) > 1]
-    return found
+    result.duplicates = [names for names in same.values() if len(names) > 1]
+    return result
 
 
-def examine(source, index):
-    """The Facts of one image."""
+def examine(source: Source, index: int) -> Facts:
+    """Read and decode one image of a source.
+
+    Args:
+      source: the images.
+      index: position of the image.
+    """
     try:
         example = source[index]
         if isinstance(example.image, np.ndarray):
@@ -77,17 +112,24 @@ def examine(source, index):
         return Facts("", -1, fault=str(error))
 
 
-def _add(found, same, facts):
-    found.images += 1
+def _add(result: Survey, same: defaultdict[bytes, list[str]], facts: Facts) -> None:
+    """Add an image to a survey.
+
+    Args:
+      result: the survey.
+      same: {hash of an image: names of the images with this hash}.
+      facts: the facts about the image.
+    """
+    result.images += 1
     if facts.fault:
-        found.unreadable.append(facts.fault)
+        result.unreadable.append(facts.fault)
         return
-    found.sizes[facts.size] += 1
-    found.per_label[facts.label] += 1
+    result.sizes[facts.size] += 1
+    result.per_label[facts.label] += 1
     same[facts.digest].append(facts.name)
     if facts.mode in ("L", "LA", "1", "I") or facts.mode.startswith("I;16"):
-        found.grey.append(facts.name)
+        result.grey.append(facts.name)
     elif facts.mode == "CMYK":
-        found.cmyk.append(facts.name)
+        result.cmyk.append(facts.name)
     if facts.orientation != 1:
-        found.rotated.append(facts.name)
+        result.rotated.append(facts.name)

@@ -1,4 +1,4 @@
-"""Folders as trees of what is visible in them: images and other files, without what is hidden."""
+"""Folders as trees of their visible images and other files."""
 
 import os
 import posixpath
@@ -12,25 +12,31 @@ from ..errors import InputError
 from ..files import printable
 from .locations import Location
 
-# What OpenCV and Pillow both decode.
+# Formats that both OpenCV and Pillow decode.
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2"}
-# What systems put beside images, in small letters; names that begin with a dot are hidden too.
+# Names, in lower case, that operating systems put beside images. Names that begin with a dot are hidden too.
 SYSTEM = frozenset(
     ("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found")
 ) | {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__"}
-# Why a file is ignored.
+# Reasons to ignore a file, as the end of "3 files are ...".
 HIDDEN, OTHER = "hidden or system", "without the suffix of an image"
 BROKEN, SPECIAL, OUTSIDE = "behind a broken link", "neither file nor folder", "with a path that leads outside"
-REPLACED = "replaced by a later one of the same name"  # In archives.
+REPLACED = "replaced by a later one of the same name"  # Only in archives.
 HARMLESS = {HIDDEN, OTHER}
-NAMED = 3  # Names shown for a reason.
-MOST_COUNTED = 10_000  # Files counted in a hidden folder: some hold whole copies of the data.
+NAMED = 3  # Number of file names that a message shows per reason.
+MOST_COUNTED = 10_000  # Counting the files of a hidden folder stops here; some hold copies of the whole data.
 
 
 class Skip(NamedTuple):
-    """Files that are ignored."""
+    """Ignored files.
+
+    Attributes:
+      reason: why they are ignored.
+      name: of the file, or of the folder that holds them.
+      number: how many files.
+    """
 
     reason: str
     name: str
@@ -38,40 +44,55 @@ class Skip(NamedTuple):
 
 
 class Skipped:
-    """How many files are ignored, by reason, with the names of the first ones."""
+    """Counts of ignored files by reason, with the names of the first ones.
+
+    Attributes:
+      counts: {reason: number of files}.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._names: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Count what is ignored for a reason."""
+        """Count ignored files.
+
+        Args:
+          reason: why they are ignored.
+          name: of the file, or of the folder that holds them.
+          count: how many files.
+        """
         self.counts[reason] += count
         if len(self._names[reason]) < NAMED:
             self._names[reason].append("".join(map(_shown, printable(name))))
 
     def add_file(self, name: str, reason: str) -> None:
-        """Count a file: an image for the reason, any other because it is none."""
+        """Count an ignored file.
+
+        Args:
+          name: of the file.
+          reason: why it is ignored if it is an image; other files are ignored for their suffix.
+        """
         self.add(reason if is_image(name) else OTHER, name)
 
     def merge(self, other: "Skipped") -> None:
-        """Count what another one has counted."""
+        """Add the counts of another Skipped."""
         for reason, count in other.counts.items():
             self.counts[reason] += count
             self._names[reason] = [*self._names[reason], *other._names[reason]][:NAMED]
 
     @property
     def total(self) -> int:
-        """How many files are ignored for any reason."""
+        """The number of ignored files."""
         return self.counts.total()
 
     @property
     def harmless(self) -> bool:
-        """Whether nothing among them could have been meant as an image."""
+        """Whether all ignored files are hidden or have no suffix of an image."""
         return set(self.counts) <= HARMLESS
 
     def describe(self, place: str) -> str:
-        """Return one line: how many files of a place are skipped, and why."""
+        """Return one line about the ignored files of a place: their number, the reasons and some names."""
         files = "file" if self.total == 1 else "files"
         return f"skipped: {self.total:,} {files} of {place}: {', '.join(map(self._describe, self.counts))}"
 
@@ -83,24 +104,32 @@ class Skipped:
 
 
 def _shown(letter: str) -> str:
-    """Return a letter as it is, or escaped if it would break a line or move the cursor."""
+    """Return a letter, escaped if it would break a line or move the cursor."""
     return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
 
 
 class Listing(NamedTuple):
-    """What is in a folder."""
+    """The contents of a folder.
 
-    files: dict[str, Location]  # Images and others.
+    Attributes:
+      files: {name: location} of images and other files.
+      folders: {name: folder}.
+      skips: ignored files.
+      identity: equal for all paths to the folder.
+    """
+
+    files: dict[str, Location]
     folders: "dict[str, Tree]"
     skips: list[Skip]
-    identity: object  # The same for all ways to the folder.
+    identity: object
 
 
 class Tree:
-    """A folder, listed when it is first looked at.
+    """A folder that is listed on first use.
 
-    Attributes:
-      path: how messages call it.
+    Args:
+      path: path of the folder, for messages.
+      scan: lists the folder.
     """
 
     def __init__(self, path: str, scan: Callable[[], Listing]) -> None:
@@ -108,71 +137,75 @@ class Tree:
 
     @cached_property
     def listing(self) -> Listing:
-        """What is in the folder."""
+        """The contents of the folder."""
         return self._scan()
 
     @property
     def files(self) -> dict[str, Location]:
-        """The visible files by their names."""
+        """{name: location} of the visible files."""
         return self.listing.files
 
     @property
     def folders(self) -> "dict[str, Tree]":
-        """The visible folders by their names."""
+        """{name: folder} of the visible folders."""
         return self.listing.folders
 
     @property
     def images(self) -> dict[str, Location]:
-        """The images directly in the folder, by their names in order."""
+        """{name: location} of the images directly in the folder, in the order of names."""
         return {name: self.files[name] for name in sorted(self.files) if is_image(name)}
 
     def find(self, parts: Iterable[str]) -> "Tree | Location | None":
-        """Return the folder or file at a path below this folder."""
-        found: Tree | Location | None = self
+        """Return the folder or file at a path below this folder, or None.
+
+        Args:
+          parts: the parts of the path.
+        """
+        node: Tree | Location | None = self
         for part in parts:
-            found = found.folders.get(part) or found.files.get(part) if isinstance(found, Tree) else None
-        return found
+            node = node.folders.get(part) or node.files.get(part) if isinstance(node, Tree) else None
+        return node
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is that of a file or folder which is hidden, or which a system made."""
+    """Whether a file or folder of this name is hidden, or comes from an operating system."""
     return name.startswith(".") or name.casefold() in SYSTEM
 
 
 def is_image(name: str) -> bool:
-    """Whether a name has the suffix of an image, in small or large letters."""
+    """Whether a file name has the suffix of an image, in any case."""
     return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def walk(tree: Tree, skipped: Skipped, within: str = "") -> Iterator[tuple[str, Location]]:
-    """Yield the path and Location of each image below a folder, in the order of paths.
+    """Yield (path, location) of each image below a folder, in the order of paths.
 
     Args:
-      tree: the folder. Whatever links lead to, each folder is entered once.
-      skipped: counts what is ignored.
-      within: path of the folder, by which ignored files are named.
+      tree: the folder. Each folder is entered once, even if several links lead to it.
+      skipped: counts the ignored files.
+      within: path of the folder, with a slash, for the names of ignored files.
     """
     seen: set[object] = set()
     ahead: list[tuple[str, Tree | Location]] = [("", tree)]
     while ahead:
-        path, found = ahead.pop()
-        if isinstance(found, Location):
+        path, node = ahead.pop()
+        if isinstance(node, Location):
             if is_image(path):
-                yield path, found
+                yield path, node
             else:
                 skipped.add(OTHER, f"{within}{path}")
-        elif found.listing.identity not in seen:
-            seen.add(found.listing.identity)
+        elif node.listing.identity not in seen:
+            seen.add(node.listing.identity)
             prefix = f"{path}/" if path else ""
-            for skip in found.listing.skips:
+            for skip in node.listing.skips:
                 skipped.add(skip.reason, f"{within}{prefix}{skip.name}", skip.number)
-            inside: list[tuple[str, Tree | Location]] = [*found.files.items(), *found.folders.items()]
+            inside: list[tuple[str, Tree | Location]] = [*node.files.items(), *node.folders.items()]
             inside.sort(key=lambda item: item[0], reverse=True)
-            ahead += [(prefix + name, node) for name, node in inside]
+            ahead += [(prefix + name, child) for name, child in inside]
 
 
 def has_images(tree: Tree) -> bool:
-    """Whether there is any image in a folder or below it."""
+    """Whether a folder, or any folder below it, holds an image."""
     return next(walk(tree, Skipped()), None) is not None
 
 
@@ -191,7 +224,7 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _scan(path: str, above: frozenset[object]) -> Listing:
-    """List a folder on a disk. Links to folders around it are left out: they would never end."""
+    """List a folder on a disk. Skip links to folders that contain it, which would form a cycle."""
     try:
         listing = Listing({}, {}, [], _identity(path))
         above |= {listing.identity}
@@ -217,20 +250,20 @@ def _add_entry(entry: os.DirEntry[str], listing: Listing, above: frozenset[objec
 
 
 def _kind_of(entry: os.DirEntry[str]) -> str:
-    """Whether an entry is, or a link leads to, a "folder", a "file", something "else" or "nothing"."""
+    """Return what an entry is, or its link points to: a "folder", a "file", something "else" or "nothing"."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
         entry.stat()
-    except OSError:  # Nothing there, or links that lead in a circle.
+    except OSError:  # The target is missing, or links form a cycle.
         return "nothing"
     return "else"
 
 
 def _count_files(entry: os.DirEntry[str]) -> int:
-    """Count the files in a hidden folder, as far as MOST_COUNTED; a file is one."""
+    """Count the files in a hidden entry, up to about MOST_COUNTED."""
     if not entry.is_dir(follow_symlinks=False):
         return 1
     count = 0
