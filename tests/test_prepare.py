@@ -229,8 +229,8 @@ def test_short_edge_stores_smaller_images_and_keeps_their_orientation(tmp_path, 
         ("imagenet_resized/9x9", "name it imagenet_resized/CONFIG"),
         ("imagenet_a/small", "name it imagenet_a, or"),
         ("pets/small", "has no configuration small"),
-        ("../up", "no name for a data set"),
-        ("Pets", "no name for a data set"),
+        ("../up", "not a valid name for a data set"),
+        ("Pets", "not a valid name for a data set"),
     ],
 )
 def test_names_of_tfds_own_data_sets_are_refused_where_they_would_not_fit(name, told, tmp_path, refused):
