@@ -1,6 +1,6 @@
-"""What a folder, a zip or a tar of images holds: its splits, its classes, and the label of each image.
+"""The contents of a folder, a zip or a tar of images: its splits, its classes, and the label of each image.
 
-Every command decides by this code, and says what it ignored.
+All commands use this code, so they see the same images, and they report the same ignored files.
 """
 
 import hashlib
@@ -25,25 +25,27 @@ from .trees import Skipped, Tree, disk_tree, has_images, walk
 
 EVAL_SPLITS = ("val", "validation", "test")
 SPLITS = ("train", *EVAL_SPLITS)
-# Other words for splits. A folder of images may also be a class of this name; a folder of folders is not.
+# Other names of splits. A folder of folders with this name is a split; a folder of images may be a class.
 SPLIT_WORDS = frozenset(("training", "trainset", "valid", "dev", "eval", "evaluation", "testing", "testset"))
-META = "meta"  # The folder of lists, <split>.txt.
-KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # Where Kaggle's archive of ImageNet has its splits.
-# Why an image is ignored, beside the reasons of trees.
+META = "meta"  # The folder with lists, <split>.txt.
+KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # Paths of the splits in Kaggle's archive of ImageNet.
+# Reasons to ignore an image, in addition to those in trees.py.
 UNSORTED, UNLISTED, ELSEWHERE = "outside class folders", "not in the list", "outside the splits"
 
 
 def open_folder(place: str | Path, split: str | None = None, *, val_share: float = VAL_SHARE) -> Inventory:
-    """Decide what a folder, a zip or a tar holds.
+    """List the splits of a folder, a zip or a tar.
 
     Args:
       place: its path.
-      split: the split that is wanted, which may then have any name.
-      val_share: the share of each class that is held out where there are no splits, between 0 and 1.
+      split: the split to read, which may have any name; other splits need one of the usual names.
+      val_share: share of each class that is held out as val if there are no splits, between 0 and 1.
+
     Returns:
-      The Inventory, without splits where there are no images in any known form.
+      The Inventory. It has no splits if there are no images in any supported form.
+
     Raises:
-      InputError: there is nothing, it is damaged, or its classes or splits cannot be told.
+      InputError: the place is missing or damaged, or its splits or classes are ambiguous.
     """
     if not 0 < val_share < 1:
         raise InputError(f"`val_share` is {val_share}, but must lie between 0 and 1")
@@ -66,19 +68,26 @@ def open_folder(place: str | Path, split: str | None = None, *, val_share: float
 
 
 def find_images(folder: str | Path) -> tuple[list[str], Skipped]:
-    """Return the paths of all images below a folder, in order, and what is ignored there."""
+    """Find all images below a folder.
+
+    Args:
+      folder: its path.
+
+    Returns:
+      The paths of the images, in order, and the ignored files.
+    """
     skipped = Skipped()
     return [location.path for _, location in walk(disk_tree(Path(folder)), skipped)], skipped
 
 
-# Where the data begins
+# The folder with the data
 
 
 def _open_tree(path: Path) -> Tree:
-    """Open a folder, a zip or a tar. Raises InputError if there is none of these, or it is damaged or locked."""
+    """Open a folder, a zip or a tar. Raise InputError if the path is none of these, damaged or encrypted."""
     if path.is_dir():
         return disk_tree(path)
-    # A tar comes first: the end of one that holds a zip looks like a zip's.
+    # Tars first: a tar with a zip at its end looks like a zip.
     plain = plain_tar(path) if path.is_file() else None
     if plain:
         return tree_of(str(path), read_tar(path, plain))
@@ -90,7 +99,7 @@ def _open_tree(path: Path) -> Tree:
 
 
 def _enter(top: Tree, split: str | None) -> list[Tree]:
-    """Return the folders from the top one to the one with the data: a folder that is alone in its own is entered."""
+    """Return the folders from the top one to the one with the data. Enter a folder that is alone in its parent."""
     chain = [top]
     while split is None or split not in chain[-1].folders:
         found = _kaggle(chain[-1]) or _sole(chain[-1])
@@ -110,7 +119,7 @@ def _kaggle(tree: Tree) -> Tree | None:
 
 
 def _sole(tree: Tree) -> Tree | None:
-    """Return the only folder in a folder, unless it is a split, a class or the folder of lists."""
+    """Return the only folder in a folder, or None if that is a split, a class or the folder with lists."""
     if len(tree.folders) != 1 or tree.images:
         return None
     [(name, found)] = tree.folders.items()
@@ -122,7 +131,7 @@ def _is_split_name(name: str) -> bool:
 
 
 def _skipped_around(chain: list[Tree], used: Container[str] = (SOLUTION,)) -> Skipped:
-    """Count what is ignored in the folders above the splits or classes, but for files that are used."""
+    """Count the ignored files in the folders above the splits or classes, except for `used` files."""
     skipped = Skipped()
     for tree in chain:
         for skip in tree.listing.skips:
@@ -134,7 +143,7 @@ def _skipped_around(chain: list[Tree], used: Container[str] = (SOLUTION,)) -> Sk
 
 
 def _lists_of(tree: Tree, split: str | None) -> dict[str, Location]:
-    """Return the list of each split that has a folder or one of the usual names, or is wanted."""
+    """Return {split: its list} of the splits that have a folder or a usual name, and of `split`."""
     meta = tree.folders.get(META)
     files = (
         {name.removesuffix(".txt"): where for name, where in meta.files.items() if name.endswith(".txt")}
@@ -145,10 +154,10 @@ def _lists_of(tree: Tree, split: str | None) -> dict[str, Location]:
 
 
 def _splits_of(tree: Tree, split: str | None, lists: dict[str, Location]) -> dict[str, Tree]:
-    """Return the folder of each split; {} where the folders are classes.
+    """Return {split: its folder}; {} if the folders are classes.
 
     Raises:
-      InputError: the folders may be splits as well as classes.
+      InputError: the folders may be splits or classes.
     """
     folders = {name: tree.folders[name] for name in sorted(tree.folders) if name != META}
     deep = {name: found for name, found in folders.items() if found.folders and not found.images}
@@ -167,25 +176,25 @@ def _splits_of(tree: Tree, split: str | None, lists: dict[str, Location]) -> dic
 
 
 def _is_odd_split(tree: Tree, classes: Container[str]) -> bool:
-    """Whether a folder beside splits is one too: it has images in folders of their classes."""
+    """Whether a folder beside splits is also one: it has images, in folders of the same classes."""
     return any(name in classes for name in tree.folders) and has_images(tree)
 
 
 def _require_equal_splits(tree: Tree, folders: dict[str, Tree]) -> None:
-    """Raises InputError unless folders of folders have the same classes, and so can only be splits."""
+    """Raise InputError unless folders of folders have the same classes, and therefore must be splits."""
     names = [frozenset(found.folders) for found in folders.values()]
     if len(set(names)) > 1 or len(names[0]) < 2 or len(names) < 2:
         name, found = next(iter(folders.items()))
         raise InputError(
             f"{tree.path} has folders of folders, like {name}/{min(found.folders)}, but none called "
-            f"{', '.join(SPLITS)}; name its splits so, or put the images of each class directly into its folder"
+            f"{', '.join(SPLITS)}; rename its splits, or put the images of each class directly into its folder"
         )
 
 
 def _notes_on_guess(
     tree: Tree, trees: dict[str, Tree], lists: dict[str, Location], split: str | None
 ) -> tuple[Note, ...]:
-    """Return a warning where nothing but equal folders inside says that folders are splits."""
+    """Return a warning if folders count as splits only because all of them hold the same folders."""
     if lists or split in trees or any(map(_is_split_name, trees)):
         return ()
     inside = some(sorted(next(iter(trees.values())).folders))
@@ -194,7 +203,7 @@ def _notes_on_guess(
 
 
 def _unwrap(name: str, tree: Tree) -> Tree:
-    """Return the folder inside a split's folder that alone has the split's name again, as in train/train/<class>."""
+    """Return the inner folder of a split if it is alone and has the same name, as in train/train/<class>."""
     inner = next(iter(tree.folders.values())) if len(tree.folders) == 1 else None
     again = inner and inner.folders and not tree.images and next(iter(tree.folders)).casefold() == name.casefold()
     return inner if inner and again else tree
@@ -204,7 +213,14 @@ def _unwrap(name: str, tree: Tree) -> Tree:
 
 
 class _Splits:
-    """A place with a folder or a list for each split."""
+    """A place with a folder or a list for each split.
+
+    Args:
+      path: path that the user gave.
+      chain: the folders from the top one to the one with the splits.
+      trees: {split: its folder}.
+      lists: {split: its list}.
+    """
 
     def __init__(self, path: Path, chain: list[Tree], trees: dict[str, Tree], lists: dict[str, Location]) -> None:
         self.path, self.chain, self.trees, self.lists = path, chain, trees, lists
@@ -213,7 +229,12 @@ class _Splits:
         require_distinct(self.place, (name for split in trees if split not in lists for name in trees[split].folders))
 
     def inventory(self, skipped: Skipped, notes: tuple[Note, ...]) -> Inventory:
-        """Return the Inventory of the splits."""
+        """Return the Inventory of the splits.
+
+        Args:
+          skipped: ignored files outside the splits.
+          notes: messages about the place.
+        """
         beside = (tree for name, tree in sorted(self.chain[-1].folders.items()) if name not in {META, *self.trees})
         unusable = {
             split: f"{META}/{split}.txt lists images of a folder {split}, which is missing"
@@ -230,7 +251,14 @@ class _Splits:
         return Inventory(str(self.path), readers, unusable, tuple(beside), skipped, notes)
 
     def read(self, split: str) -> Part:
-        """Read a split. Raises InputError if it holds no images, or has no labels for them."""
+        """Read a split.
+
+        Args:
+          split: its name.
+
+        Raises:
+          InputError: the split holds no images, or they have no labels.
+        """
         if split in self.lists:
             return self._read_list(split)
         tree, what = self.trees[split], f"{self.place}/{split}"
@@ -252,16 +280,16 @@ class _Splits:
         return Part(entries, classes, tuple(self._names(split)), len(classes), skipped, self._notes_on(classes))
 
     def _names(self, split: str) -> set[str]:
-        """Return the names of the classes that a split has; none where a list has the labels."""
+        """Return the names of the classes in a split; none if its labels come from a list."""
         if split in self.lists:
             return set()
         return set((self._flat_labels(split) or {}).values()) or set(map(class_named, self.trees[split].folders))
 
     def _classes_for(self, split: str) -> tuple[str, ...]:
-        """Return the classes in the order of labels, which is the same for all splits.
+        """Return the classes of a split in the order of the labels, which is the same for all splits.
 
-        Those that a training meets, in train and in the split it evaluates on, come first; classes that only other
-        splits have follow them, if this split has any of them.
+        The classes of train and of the evaluation split come first. Classes that occur only in other splits follow, if
+        this split has any of them.
         """
         names = {name: self._names(name) for name in self.trees}
         every: set[str] = set().union(*names.values())
@@ -271,14 +299,14 @@ class _Splits:
         return tuple(first + in_order(every - set(first)) if more else first)
 
     def _notes_on(self, classes: tuple[str, ...]) -> tuple[Note, ...]:
-        """Return a warning where train lacks some of the classes."""
+        """Return a warning if train lacks some of the classes."""
         known = self._names("train") if "train" in self.trees else set()
         lacking = [name for name in classes if known and name not in known]
         told = f"train in {self.place} lacks classes of other splits: {some(lacking)}"
         return (Note(logging.WARNING, told),) if lacking else ()
 
     def _flat_labels(self, split: str) -> dict[str, str] | None:
-        """Return the class of each image of a split without class folders, where ImageNet's labels are at hand."""
+        """Return {image: class} of a split without class folders, or None unless ImageNet's labels are available."""
         tree = self.trees[split]
         if split not in self._labels:
             flat = tree.images and not tree.folders
@@ -286,7 +314,7 @@ class _Splits:
         return self._labels[split]
 
     def _read_list(self, split: str) -> Part:
-        """Read MMPretrain's form: a line `file label` for each image below the split's folder."""
+        """Read a split in MMPretrain's form: a line `file label` for each image below the folder of the split."""
         listing = f"{self.place}/{META}/{split}.txt"
         entries: list[Entry] = []
         listed: dict[str, str] = {}
@@ -302,7 +330,7 @@ class _Splits:
             if int(before) != int(label):
                 raise InputError(
                     f"line {number} of {listing} gives {printable(name[0])} the label {label}, but a line before it "
-                    f"{before}; keep one of both"
+                    f"{before}; remove one of the two"
                 )
         if not entries:
             raise InputError(f"{listing} lists no images")
@@ -313,7 +341,7 @@ class _Splits:
         return Part(entries, None, (), max(entry.label for entry in entries) + 1, skipped)
 
     def _locate(self, split: str, name: str) -> Location:
-        """Return where a listed file lies; it may be missing, which is an error once it is read."""
+        """Return the location of a listed file. If the file is missing, reading it will raise an error."""
         if self.path.is_dir():
             return Location(str(path_of(Path(self.place) / split / name)))
         found = self.chain[-1].find((split, *PurePosixPath(name).parts))
@@ -334,13 +362,16 @@ def _entries_of(folders: dict[str, Tree], classes: tuple[str, ...], skipped: Ski
 
 
 def hold_out(names: list[str], share: float) -> set[str]:
-    """Choose images of one class for evaluation: a share of them, at least one of two, but not all.
+    """Choose the images of one class that are held out for evaluation.
 
-    A hash of each name decides, so that every host chooses the same ones on every day.
+    A hash of the names decides, so every host and every run chooses the same images.
 
     Args:
-      names: the class and path of each image, like cat/1.jpg.
-      share: between 0 and 1.
+      names: class and path of each image, like cat/1.jpg.
+      share: share of the images to hold out, between 0 and 1.
+
+    Returns:
+      Names of about that share of the images: at least one but not all of them; none of a single image.
     """
     if len(names) < 2:
         return set()
@@ -353,9 +384,9 @@ def _digest(name: str) -> tuple[bytes, str]:
 
 
 def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> Inventory:
-    """Return the Inventory of a folder `<class>/<image>`, of which a share is held out.
+    """Return the Inventory of a folder `<class>/<image>`, with a share of the images held out.
 
-    Folders without images are classes only where they are empty: others hold tables or texts beside the images.
+    A folder without images is a class only if it is empty. Otherwise it holds other files, such as tables or texts.
     """
     folders = {
         name: found
@@ -387,7 +418,7 @@ def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> In
 
 
 def _open_loose(path: Path, chain: list[Tree]) -> Inventory:
-    """Return the Inventory of images without any folders: those of ImageNet's validation set have labels."""
+    """Return the Inventory of images without any folders, which must be ImageNet's validation images."""
     tree = chain[-1]
     skipped = _skipped_around(chain, used={SOLUTION, *tree.images})
     labels = labels_of_validation(tree.images, chain, path)
