@@ -99,7 +99,7 @@ def examine(source: Source, index: int) -> Facts:
             digest = hashlib.sha256(example.image.tobytes()).digest()
             return Facts(
                 example.name,
-                example.label,
+                int(example.label),
                 mode="L" if example.image.ndim == 2 else "RGB",
                 size=(width, height),
                 digest=digest,
@@ -107,7 +107,7 @@ def examine(source: Source, index: int) -> Facts:
         stored = read(example.image, "cv2", example.name)
         height, width = stored.pixels.shape[:2]
         digest = hashlib.sha256(example.image).digest()
-        return Facts(example.name, example.label, None, stored.mode, (width, height), stored.orientation, digest)
+        return Facts(example.name, int(example.label), None, stored.mode, (width, height), stored.orientation, digest)
     except InputError as error:
         return Facts("", -1, fault=str(error))
 
