@@ -36,10 +36,11 @@ def row(data, seed=0, **settings):
     )
 
 
-class Scripted:
+class Scripted(np.random.Generator):
     """Stands for a generator whose draws are given: area, ratio, top and left, each as a share of its range."""
 
     def __init__(self, *draws):
+        super().__init__(np.random.PCG64(0))
         self.draws = list(draws)
 
     def random(self, count):

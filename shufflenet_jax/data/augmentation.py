@@ -1,30 +1,43 @@
-"""What training does to an image on the host: random crops, colours and shapes, all drawn from one generator.
+"""Augmentation on the host: random crops, colors and shapes. One generator draws all random numbers of an image.
 
-RandomResizedCrop follows MMPretrain, the others torchvision's transforms of the same names.
+RandomResizedCrop follows MMPretrain, the other transforms follow torchvision's of the same names.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
+from jaxtyping import Int32, UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from ..config import Preprocess, TrainConfig
 from . import decoding, geometry
+from .jpeg import Box
+from .sources import Example
 
-MAGNITUDES = 31  # Steps in which TrivialAugmentWide draws the strength of an operation.
+Pixels = UInt8[np.ndarray, "height width channels"]
+Crop = UInt8[np.ndarray, "side side channels"]
+
+MAGNITUDES = 31  # Number of strengths from which TrivialAugmentWide draws.
 
 
-def training_row(example, config, preprocess, rng):
-    """One example as a row of a training batch, but for its label.
+def training_row(
+    example: Example, config: TrainConfig, preprocess: Preprocess, rng: np.random.Generator
+) -> dict[str, Any]:  # The values have several types.
+    """Return an example as a row of a training batch, without its label.
 
     Args:
-      example: an Example.
-      config: a TrainConfig.
-      preprocess: its Preprocess.
-      rng: a NumPy generator; every random decision comes from it.
+      example: the example.
+      config: says which augmentations to apply.
+      preprocess: how to prepare the image.
+      rng: draws all random numbers.
+
     Returns:
-      {"images": uint8 (side, side, C)}, and what is left to the device: "flip", whether to mirror it, and "erase",
-      int32 (4,), the rectangle to blank, each where the configuration asks for it.
+      {"images": uint8 (side, side, C)} and, if the configuration asks for them, two augmentations that the device will
+      apply: "flip", whether to mirror the image, and "erase", int32 (4,), the rectangle to blank.
+
     Raises:
       InputError: the image is damaged.
     """
@@ -35,13 +48,13 @@ def training_row(example, config, preprocess, rng):
         pixels = geometry.prepare(example.image, preprocess, example.name)
     if config.shift:
         pixels = random_shift(pixels, rng, config.shift)
-    row = {}
+    row: dict[str, Any] = {}
     if config.color_jitter:
         pixels = color_jitter(pixels, rng, config.color_jitter)
     if config.flip:
         row["flip"] = rng.random() < 0.5
     if config.trivial_augment:
-        # These operations come after the flip, and some depend on the side they start from.
+        # These operations follow the flip, since some of them treat left and right differently.
         pixels = trivial_augment(pixels[:, ::-1] if row.pop("flip", False) else pixels, rng)
     if config.random_erasing:
         erased = rng.random() < config.random_erasing
@@ -49,39 +62,66 @@ def training_row(example, config, preprocess, rng):
     return {"images": pixels, **row}
 
 
-def random_crop_box(height, width, rng, min_area=0.08):
-    """MMPretrain's RandomResizedCrop: (top, left, height, width) of an area U(min_area, 1) and ratio 3/4 .. 4/3."""
+def random_crop_box(height: int, width: int, rng: np.random.Generator, min_area: float = 0.08) -> Box:
+    """Draw the part of an image to crop, as MMPretrain's RandomResizedCrop does.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      rng: draws the random numbers.
+      min_area: smallest area, as a share of the image's. The area is uniform from there to 1, the aspect ratio lies
+        between 3/4 and 4/3.
+    """
     low, high = 3 / 4, 4 / 3
     for _ in range(10):
-        # All draws of a try at once: a call of the generator takes longer than a draw.
+        # One call draws all numbers of a try, since a call takes longer than a draw.
         area, ratio, top, left = rng.random(4).tolist()
         area = (min_area + (1 - min_area) * area) * height * width
         ratio = low * (high / low) ** ratio
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
-    # Too long an image for ten tries: the largest centred rectangle of an allowed ratio.
+    # A long image may fail ten times. Take its largest central rectangle with an allowed ratio.
     w, h = min(width, round(height * high)), min(height, round(width / low))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def exact_random_crop(example, preprocess, min_area, rng):
-    """A random part of an image at the network's resolution, to the pixel as MMPretrain makes it with Pillow."""
+def exact_random_crop(example: Example, preprocess: Preprocess, min_area: float, rng: np.random.Generator) -> Crop:
+    """Crop and resize a random part of an image. The pixels equal those of MMPretrain with Pillow.
+
+    Args:
+      example: the image.
+      preprocess: how to decode it, and the side of the result.
+      min_area: smallest area, as a share of the image's.
+      rng: draws the random numbers.
+
+    Raises:
+      InputError: the image is damaged.
+    """
     pixels = decoding.pixels_of(example.image, preprocess, example.name)
-    top, left, height, width = random_crop_box(*pixels.shape[:2], rng, min_area)
+    top, left, height, width = random_crop_box(pixels.shape[0], pixels.shape[1], rng, min_area)
     return geometry.resize_pillow(pixels[top : top + height, left : left + width], (preprocess.crop,) * 2)
 
 
-def fast_random_crop(example, preprocess, min_area, rng):
-    """The same crop of a JPEG by faster means: libjpeg-turbo's fast methods, at half the size where that suffices, and
-    OpenCV. Of all other images it is the exact one.
+def fast_random_crop(example: Example, preprocess: Preprocess, min_area: float, rng: np.random.Generator) -> Crop:
+    """Crop and resize the same part as `exact_random_crop`, of a JPEG by faster methods.
 
-    Differs from the exact one in how pixels are interpolated, by 2.3 of 255 on average over 201 ImageNet images, and in
-    that crops of half-size images start and end on even pixels.
+    These are libjpeg-turbo's fast methods, at half the resolution if that suffices, and OpenCV's scaling. The pixels
+    differ from the exact ones by 2.3 of 255, the mean over 201 ImageNet images, because the interpolation differs and
+    crops at half the resolution start and end on even pixels.
+
+    Args:
+      example: the image.
+      preprocess: how to decode it, and the side of the result.
+      min_area: smallest area, as a share of the image's.
+      rng: draws the random numbers.
+
+    Raises:
+      InputError: the image is damaged.
     """
     side, part = preprocess.crop, None
 
-    def choose(height, width):
+    def choose(height: int, width: int) -> decoding.Choice:
         box = random_crop_box(height, width, rng, min_area)
         return min(box[2:]) >= 2 * side, box
 
@@ -93,8 +133,14 @@ def fast_random_crop(example, preprocess, min_area, rng):
     return cv2.resize(part, (side, side), interpolation=cv2.INTER_LINEAR).reshape(side, side, -1)
 
 
-def random_shift(pixels, rng, reach):
-    """Moves an image by up to `reach` pixels along each axis; uncovered pixels become 0."""
+def random_shift(pixels: Pixels, rng: np.random.Generator, reach: int) -> Pixels:
+    """Shift an image by a random number of pixels along each axis. Uncovered pixels become 0.
+
+    Args:
+      pixels: the image.
+      rng: draws the random numbers.
+      reach: largest shift, in pixels.
+    """
     top, left = rng.integers(0, 2 * reach + 1, size=2)
     height, width, channels = pixels.shape
     padded = np.zeros((height + 2 * reach, width + 2 * reach, channels), np.uint8)  # np.pad takes ten times as long.
@@ -102,8 +148,14 @@ def random_shift(pixels, rng, reach):
     return padded[top : top + height, left : left + width]
 
 
-def color_jitter(pixels, rng, strength):
-    """Brightness, contrast and saturation, each times U(1 - strength, 1 + strength), in random order."""
+def color_jitter(pixels: Pixels, rng: np.random.Generator, strength: float) -> Pixels:
+    """Change brightness, contrast and saturation in random order, as torchvision's ColorJitter does.
+
+    Args:
+      pixels: the image.
+      rng: draws the random numbers.
+      strength: the factors are uniform from 1 - strength to 1 + strength.
+    """
     image = _as_picture(pixels)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = rng.uniform(max(0, 1 - strength), 1 + strength, size=3)
@@ -112,21 +164,21 @@ def color_jitter(pixels, rng, strength):
     return np.asarray(image).reshape(pixels.shape)
 
 
-def _as_picture(pixels: np.ndarray) -> Image.Image:
-    """Make a Pillow image of a uint8 array (H, W, 3) or (H, W, 1)."""
+def _as_picture(pixels: Pixels) -> Image.Image:
+    """Convert RGB or grey pixels to a Pillow image."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _affine(image, *matrix):
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def _posterize(image, strength):
+def _posterize(image: Image.Image, strength: float) -> Image.Image:
     return ImageOps.posterize(image, 8 - round(6 * strength))
 
 
-# name: (has a sign, operation on an image and a strength in 0..1 or, with a sign, -1..1)
-TRIVIAL = {
+# {name: (whether its strength has a sign, function of an image and a strength from 0, or with a sign from -1, to 1)}
+TRIVIAL: dict[str, tuple[bool, Callable[[Image.Image, float], Image.Image]]] = {
     "identity": (False, lambda image, _: image),
     "shear x": (True, lambda image, s: _affine(image, 1, 0.99 * s, 0, 0, 1, 0)),
     "shear y": (True, lambda image, s: _affine(image, 1, 0, 0, 0.99 * s, 1, 0)),
@@ -138,14 +190,20 @@ TRIVIAL = {
     "contrast": (True, lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.99 * s)),
     "sharpness": (True, lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.99 * s)),
     "posterize": (False, _posterize),
-    "solarize": (False, lambda image, s: ImageOps.solarize(image, 255 * (1 - s))),
+    # Pillow compares the threshold with the pixels, so it may be a float.
+    "solarize": (False, lambda image, s: ImageOps.solarize(image, 255 * (1 - s))),  # type: ignore[arg-type]
     "autocontrast": (False, lambda image, _: ImageOps.autocontrast(image)),
     "equalize": (False, lambda image, _: ImageOps.equalize(image)),
 }
 
 
-def trivial_augment(pixels, rng):
-    """TrivialAugmentWide: one operation out of fourteen, at one of 31 strengths. uint8 (H, W, C) both."""
+def trivial_augment(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """Apply one of fourteen operations at one of 31 strengths, as torchvision's TrivialAugmentWide does.
+
+    Args:
+      pixels: the image.
+      rng: draws the random numbers.
+    """
     signed, operation = list(TRIVIAL.values())[rng.integers(len(TRIVIAL))]
     strength = rng.integers(MAGNITUDES) / (MAGNITUDES - 1)
     if signed and rng.random() < 0.5:
@@ -153,8 +211,17 @@ def trivial_augment(pixels, rng):
     return np.asarray(operation(_as_picture(pixels), strength)).reshape(pixels.shape)
 
 
-def erased_rectangle(shape, rng):
-    """Random erasing: int32 (4,) with top, left, height, width of 2 % to 33 % of the area, ratio 0.3 .. 3.3."""
+def erased_rectangle(shape: tuple[int, ...], rng: np.random.Generator) -> Int32[np.ndarray, "4"]:
+    """Draw the rectangle that random erasing blanks, as torchvision's RandomErasing does.
+
+    Args:
+      shape: shape of the image, which begins with height and width in pixels.
+      rng: draws the random numbers.
+
+    Returns:
+      (top, left, height, width) in pixels: 2 % to 33 % of the area, with an aspect ratio of 0.3 to 3.3. All are 0 if no
+      rectangle fits in ten tries.
+    """
     height, width = shape[:2]
     for _ in range(10):
         area = rng.uniform(0.02, 0.33) * height * width

@@ -1,43 +1,76 @@
-"""The order in which examples are read, and batches of them, decoded by Grain's threads or worker processes.
+"""The order of examples, and their batches, which Grain's threads or worker processes decode.
 
-Every order is a pure function of the seed and the position: nothing needs to be stored to continue a run, and any
+Every order is a pure function of the seed and the position. Resuming a run therefore needs no stored state, and any
 number of hosts, workers and threads sees the same global batches.
 """
 
 import functools
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
-from ..batch_groups import Epoch, plan_batch
+from ..batch_groups import BatchPlan, Epoch, plan_batch
+from ..config import Preprocess, TrainConfig
 from ..errors import InputError
 from . import augmentation, decoding, geometry
-from .sources import Example
+from .sources import Example, Source
 from .workers import usable_cores
 
-KEPT_BYTES = 2**28  # A training keeps decoded images, in each process that decodes, of data that fill no more memory.
+Row = dict[str, Any]  # A row of each array of a batch: pixels, a number or a text.
+Batch = dict[str, np.ndarray]
+
+# Decoded training images stay in memory, in each process that decodes, if all of them take no more than this.
+KEPT_BYTES = 2**28
 
 
-def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1, workers=0, threads=None):
-    """All examples once, in order, in batches of one size: the last is filled up with rows whose mask is 0.
+@runtime_checkable
+class StoredLogits(Protocol):
+    """A teacher's predictions for each example, as `evaluation.predictions` reads them."""
+
+    @property
+    def label(self) -> np.ndarray:
+        """The labels, int (N,)."""
+
+    @property
+    def logits(self) -> np.ndarray:
+        """The logits, float (N, num_classes)."""
+
+
+def eval_batches(
+    source: Source,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+    threads: int | None = None,
+) -> Iterable[Batch]:
+    """Return batches with all examples, once and in order.
 
     Args:
-      source: a Source.
-      preprocess: a Preprocess.
-      batch_size: rows of a batch over all hosts; a multiple of their number.
-      limit: read only that many examples.
-      host, hosts: which slice of each batch to read: rows host * b .. (host + 1) * b - 1, where b = batch_size / hosts.
-      workers: processes that decode; 0 decodes in threads of this one.
-      threads: decoding threads, of each worker if there are any; by default one for each core.
+      source: the examples.
+      preprocess: how to prepare the images.
+      batch_size: examples per batch over all hosts; a multiple of their number.
+      limit: read only this many examples.
+      host: index of this host, which reads a slice of each batch: its rows host * b to (host + 1) * b - 1, where b is
+        batch_size / hosts.
+      hosts: number of hosts.
+      workers: number of processes that decode; 0 decodes in threads of this process.
+      threads: number of decoding threads, per worker if there are workers; None: one per core.
+
     Returns:
       An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,) or (b, K), "mask": float32 (b,), "names":
-      str (b,)}.
+      str (b,)}. Padding with mask 0 completes the last batch.
     """
     count = len(source) if limit is None else min(limit, len(source))
 
-    def load(position):
+    def load(position: int) -> Row:
         if position >= count:
             empty = np.zeros((preprocess.crop, preprocess.crop, preprocess.channels), np.uint8)
             nothing = np.zeros(source.label_shape, np.int32)
@@ -51,46 +84,64 @@ def eval_batches(source, preprocess, *, batch_size, limit=None, host=0, hosts=1,
 
 
 def train_batches(
-    source, config, plan=None, *, start_step=0, stop_step, host=0, hosts=1, workers=0, threads=None, stored=None
-):
-    """The batches of steps start_step .. stop_step - 1. Every pass over the data has an order of its own.
+    source: Source,
+    config: TrainConfig,
+    plan: BatchPlan | None = None,
+    *,
+    start_step: int = 0,
+    stop_step: int,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+    threads: int | None = None,
+    stored: StoredLogits | None = None,
+) -> Iterable[Batch]:
+    """Return the batches of the steps start_step to stop_step - 1.
 
-    Each row is a pure function of the seed and its position in the run. A damaged image is replaced by the next sound
-    one of the data, prepared with the same random numbers; nothing else changes. Small images are decoded once.
+    Every pass over the data has its own order. Each row is a pure function of the seed and its position in the run. The
+    next sound image of the data replaces a damaged one, with the same random numbers; the other rows do not change.
 
     Args:
-      source: a Source.
-      config: a TrainConfig: batch size, seed, preprocessing and augmentation.
-      plan: the BatchPlan of a batch; by default that of a single device.
-      host, hosts, workers, threads: as in `eval_batches`; a host reads its slice of each part of a batch.
-      stored: a teacher's Predictions of the examples.
+      source: the examples.
+      config: batch size, seed, preprocessing and augmentation.
+      plan: how the batch is divided; None: for a single device.
+      start_step: first step.
+      stop_step: step after the last one.
+      host: index of this host, which reads a slice of each part of a batch, as in `eval_batches`.
+      hosts: number of hosts.
+      workers: number of processes that decode; 0 decodes in threads of this process.
+      threads: number of decoding threads, per worker if there are workers; None: one per core.
+      stored: a teacher's predictions for the examples.
+
     Returns:
       An iterable of {"images": uint8 (b, H, W, C), "labels": int32 (b,), "flip": bool (b,), "erase": int32 (b, 4) with
-      top, left, height and width of a rectangle, "damaged": str (b,)}; the last names the image that had to be
-      replaced, or is empty. The last batch of a pass that is not full also has "mask": float32 (b,), 0 for padding;
-      with stored logits there is "teacher": (b, num_classes).
+      (top, left, height, width) of a rectangle, "damaged": str (b,)}. "damaged" is the error about the image that was
+      replaced, or empty. An incomplete last batch of a pass also has "mask": float32 (b,), 0 for padding. With `stored`
+      there is "teacher": (b, num_classes).
+
     Raises:
-      InputError: no image can be read, or stored logits belong to other examples.
+      InputError: no image can be read, or `stored` belongs to other examples.
     """
     plan = plan or plan_batch(config.batch_size, config.bn_group_size, 1, parts=1)
     size, preprocess, whole = len(source), config.train_preprocess, Epoch(len(source), plan)
-    # The fast crop decodes no more than it needs.
-    examples = source if config.crop == "random" and config.transform == "fast" else _Decoded(source, preprocess)
+    # The fast crop decodes only the part that it needs.
+    crops_fast = config.crop == "random" and config.transform == "fast"
+    examples: Source | _Decoded = source if crops_fast else _Decoded(source, preprocess)
 
-    def readable(index, seed):
-        """(index, row) of the first sound image from an index on."""
+    def readable(index: int, seed: tuple[int, int]) -> tuple[int, Row]:
+        """Return (index, row) of the first sound image from an index on."""
         damaged = ""
         for found in (i % size for i in range(index, index + size)):
             try:
                 example = examples[found]
-                # A new generator for each try: what a damaged image has drawn must not matter.
+                # Each try gets a new generator, since a damaged image may have drawn numbers.
                 row = augmentation.training_row(example, config, preprocess, np.random.default_rng(seed))
                 return found, {**row, "labels": np.int32(example.label), "damaged": damaged}
             except InputError as error:
                 damaged = damaged or str(error)
         raise InputError(f"no image of the training data can be read; the first: {damaged}")
 
-    def load(position):
+    def load(position: int) -> Row:
         epoch, place, real = whole.find(*divmod(position, plan.batch_size))
         index = shuffled(place % size // config.aug_repeats, size, config.seed, epoch)
         index, row = readable(index, seed=(config.seed, epoch * whole.padded + place))
@@ -114,12 +165,13 @@ def blank_row(config):
 
 
 class _Decoded:
-    """Examples of a source with their images decoded, and kept where all the data would fit in KEPT_BYTES like that."""
+    """Examples of a source with decoded images. They stay in memory if all of them fit in KEPT_BYTES."""
 
-    def __init__(self, source, preprocess):
-        self._source, self._preprocess, self._kept = source, preprocess, {}
+    def __init__(self, source: Source, preprocess: Preprocess) -> None:
+        self._source, self._preprocess = source, preprocess
+        self._kept: dict[int, Example] = {}
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Example:
         found = self._kept.get(index)
         if found is None:
             found = self._source[index]
@@ -131,36 +183,43 @@ class _Decoded:
         return found
 
 
-def shuffled(place, size, seed, epoch):
-    """What comes at a place of a pass over `size` examples: a permutation computed place by place, never stored."""
+def shuffled(place: int, size: int, seed: int, epoch: int) -> int:
+    """Return the example at a place of a pass: a random permutation, computed for one place at a time.
+
+    Args:
+      place: from 0 to size - 1.
+      size: number of examples.
+      seed: seed of the run.
+      epoch: number of the pass.
+    """
     return index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=8)
 
 
 @functools.lru_cache(8)
-def _epoch_seed(seed, epoch):
+def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def _host_rows(batch_size, start, stop, host, hosts):
-    """The positions that one host reads: its slice of the batches start .. stop - 1, in order."""
+def _host_rows(batch_size: int, start: int, stop: int, host: int, hosts: int) -> grain.MapDataset:
+    """Return the positions that one host reads, in order: its slice of the batches start to stop - 1."""
     rows, rest = divmod(batch_size, hosts)
     if rest:
         raise InputError(f"batch_size is {batch_size}, but must be a multiple of the {hosts} hosts")
 
-    def position(row):
+    def position(row: int) -> int:
         step, place = divmod(row, rows)
         return step * batch_size + host * rows + place
 
     return grain.MapDataset.range(start * rows, stop * rows).map(position)
 
 
-def _batches(examples, batch_size, workers, threads):
-    """Batches of a MapDataset; a thread makes a whole batch, and some are ready before they are asked for."""
+def _batches(examples: grain.MapDataset, batch_size: int, workers: int, threads: int | None) -> Iterable[Batch]:
+    """Return batches of a MapDataset. A thread makes a whole batch, and some batches are prepared in advance."""
     threads = threads or usable_cores()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = examples.batch(batch_size).to_iter_dataset(options)
     if not workers:
         return batches
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks absl's flags when it starts workers; nobody here parses any.
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags when it starts workers, but nothing parses them.
     return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
