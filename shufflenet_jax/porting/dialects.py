@@ -652,7 +652,7 @@ def _flax_axes(array: np.ndarray) -> np.ndarray:
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that an array of a shape has after `_torch_axes`."""
+    """Return the shape of an array after `_torch_axes`, from its shape before."""
     return (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
