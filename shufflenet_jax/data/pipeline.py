@@ -156,7 +156,7 @@ def train_batches(
     return _batches(rows.map(load), plan.batch_size // hosts, workers, threads)
 
 
-def blank_row(config):
+def blank_row(config: TrainConfig) -> Row:
     """Return a row of `train_batches` as a TrainConfig asks for it, of a black image: its names, shapes and types."""
     preprocess = config.train_preprocess
     blank = np.zeros((preprocess.resize, preprocess.resize, 3), np.uint8)

@@ -70,8 +70,13 @@ def open_training_data(config: TrainConfig) -> Source:
       InputError: the data cannot be opened, and nothing is known of them.
     """
     try:
-        place = {"data_dir": config.data_dir, "val_share": config.val_share}
-        return open_source(config.data, config.train_split, **place, reader=Reader("train_split"))
+        return open_source(
+            config.data,
+            config.train_split,
+            data_dir=config.data_dir,
+            val_share=config.val_share,
+            reader=Reader("train_split"),
+        )
     except InputError:
         if config.data not in KNOWN_SIZES:
             raise
