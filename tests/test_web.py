@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+from html import unescape as html_text
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,77 @@ def picture(name):
     file = io.BytesIO()
     image.save(file, {"jpg": "JPEG"}.get(name[-3:], Path(name).suffix[1:]), **settings)
     return file.getvalue()
+
+
+# Run inside the page, with a result as it would be: what sticks out, faint texts, what no key reaches.
+CHECKS = """
+<script type="module">
+window.shufflenet.ready.catch(() => {}).then(() => setTimeout(() => {
+  document.getElementById("choose").disabled = false;
+  document.querySelector("details").open = true;
+  const item = document.createElement("li");
+  item.innerHTML = '<h2>' + "long".repeat(40) + '</h2><ol><li><div class="row"><span>' + "class".repeat(30) +
+    '</span><span>99.9 %</span></div><div class="track"><div style="width: 50%"></div></div></li></ol>' +
+    '<p class="time">31 ms</p><p class="wrong">This is no picture</p>';
+  document.getElementById("results").append(item);
+  const numbers = (color) => (color.match(/[0-9.]+/g) || []).map(Number);
+  const light = (color) => {
+    const [r, g, b] = numbers(color).slice(0, 3).map((v) => v / 255)
+      .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = getComputedStyle(e).backgroundColor, parts = numbers(color);
+      if (parts.length === 3 || parts[3] === 1) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const contrast = (...colors) => {
+    const [a, b] = colors.map(light);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  };
+  const written = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  const texts = [...document.querySelectorAll("body :not(script):not(noscript)")].filter(written);
+  const faint = texts.filter((e) => contrast(getComputedStyle(e).color, ground(e)) < 4.5).map((e) => e.outerHTML);
+  const outside = (e) => e.getBoundingClientRect().right > innerWidth + 0.5;
+  const wide = [...document.querySelectorAll("body *")].filter(outside);
+  const outlined = [["#choose", "label"], ["summary", "summary"]].map(([stop, shown]) => {
+    document.querySelector(stop).focus({focusVisible: true});
+    const style = getComputedStyle(document.querySelector(shown));
+    return style.outlineStyle === "solid" && contrast(style.outlineColor, ground(document.body)) >= 3;
+  });
+  const button = document.querySelector("label").getBoundingClientRect();
+  parent.postMessage(JSON.stringify({ scroll: document.documentElement.scrollWidth, texts: texts.length, faint,
+    wide: wide.map((e) => e.outerHTML.slice(0, 60)), outlined, button: button.height,
+    ground: getComputedStyle(document.body).backgroundColor }), "*");
+}));
+</script>
+"""
+# A window is never narrower than 500 pixels; a frame may be.
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<script>addEventListener("message", (event) => { document.documentElement.dataset.seen = event.data; });</script>
+<iframe src="page.html" width="WIDTH" height="900" frameborder="0"></iframe>
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_fits_and_is_readable_by_eye_and_by_keyboard(ten_classes, small_runtime, tmp_path, width, dark):
+    model = Model(*load_model(ten_classes[0]))
+    contents = {**small_runtime[2], "network": b"none"}  # It cannot be loaded, which changes nothing of this.
+    html = web.page_of(model, Signature(), contents, single=True)
+    (tmp_path / "page.html").write_text(html.replace("</body>", CHECKS + "</body>"))
+    (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
+    words = [browser.find(), *browser.OPTIONS, "--no-sandbox", "--dump-dom", "--virtual-time-budget=20000"]
+    words += ["--hide-scrollbars", "--window-size=1600,1000", f"--user-data-dir={tmp_path / 'user'}"]
+    words += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    seen = json.loads(html_text(re.search(r"data-seen=\"([^\"]*)\"", done.stdout)[1]))
+    assert seen["scroll"] <= width and not seen["wide"] and not seen["faint"] and seen["texts"] > 10, seen
+    assert seen["outlined"] == [True, True] and seen["button"] >= 44, seen  # A finger's width, in pixels.
+    assert (seen["ground"] == "rgb(255, 255, 255)") != dark
 
 
 @pytest.fixture(scope="module")
