@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from shufflenet_jax.config import MMPRETRAIN_EVAL
+from shufflenet_jax.data import geometry
+from shufflenet_jax.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
@@ -72,3 +77,35 @@ def test_the_page_computes_what_we_do_on_real_images(tmp_path):
     words = ("--format", "web", "--runtime", package, "--limit", round(20 + 630 * SHARE))
     difference, share, counts = exported(tmp_path, "imagenet-val227", *words)
     assert counts[0] == counts[1] and difference < 1e-4 and share < 3e-6
+
+
+def test_openvino_reads_our_onnx_and_counts_as_we_do(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    exported(tmp_path, "imagenet-val227", "--format", "onnx", "--with-preprocessing", "--limit", 16)
+    compiled = openvino.Core().compile_model(tmp_path / "net", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    outputs, known = [compiled(crop[None])[0] for crop in crops()], reference()
+    assert np.abs(np.concatenate(outputs) - known[: len(outputs)]).max() < 1e-4
+
+
+def test_mediapipe_gives_the_same_first_five(tmp_path):
+    mediapipe = pytest.importorskip("mediapipe")
+    exported(tmp_path, "imagenet-val227", "--format", "tflite", "--with-preprocessing", "--limit", 16)
+    options = mediapipe.tasks.vision.ImageClassifierOptions(
+        base_options=mediapipe.tasks.BaseOptions(model_asset_path=str(tmp_path / "net")), max_results=5
+    )
+    with mediapipe.tasks.vision.ImageClassifier.create_from_options(options) as classifier:
+        for crop, logits in zip(crops(), reference(), strict=False):
+            image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(crop))
+            categories = classifier.classify(image).classifications[0].categories
+            assert [category.index for category in categories] == np.argsort(-logits, kind="stable")[:5].tolist()
+
+
+def crops():
+    """The first real images as the network takes them."""
+    source = open_source(SHARED / "imagenet-val227", num_classes=1000)
+    images = (source[index] for index in range(round(16 + 634 * SHARE)))
+    return [geometry.prepare(example.image, MMPRETRAIN_EVAL, example.name) for example in images]
+
+
+def reference():
+    return np.load(SHARED / "imagenet-val227/mmpretrain_reference.npz")["logits"]
