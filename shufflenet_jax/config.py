@@ -128,7 +128,7 @@ VAL_SHARE = 0.2  # Of each class, where a folder of images has no splits.
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
 MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
 # How the network's operations run: "reference" is the slow, plain form, "auto" the fastest one for the backend.
-LoweringName = Literal["auto", "cpu", "reference"]
+LoweringName = Literal["auto", "cpu", "gpu", "reference"]
 LOWERINGS = typing.get_args(LoweringName)
 RENAMED = {"planar": "cpu", "plain": "reference"}  # Lowerings under their earlier names.
 Initialization = Literal["mmpretrain", "pytorch"]  # MMPretrain's and the authors' initial weights, or PyTorch's own.

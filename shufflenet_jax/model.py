@@ -18,7 +18,6 @@ from .batch_groups import BatchGroups
 from .config import LOWERINGS, RENAMED, Initialization, require_whole_number
 from .errors import InputError
 from .initialization import can_draw_together, draw_of, draw_together
-from .lowerings.shuffle import channel_shuffle, split_even_odd
 
 EPSILON = 1e-5
 MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part that is new.
@@ -120,8 +119,8 @@ class Unit(nn.Module):
     def __call__(self, x, batch_groups):
         names = ("train", "dtype", "lowering", "initial")
         layer = partial(ConvBN, **{name: getattr(self, name) for name in names})
-        axis = lowerings.resolve(self.lowering).CHANNEL_AXIS
-        inputs = x.shape[axis]
+        lower = lowerings.resolve(self.lowering)
+        inputs = x.shape[lower.CHANNEL_AXIS]
         middle = self.features // 2
         if self.stride == 2:
             left_features = inputs if self.layout == "megvii" else middle
@@ -129,13 +128,12 @@ class Unit(nn.Module):
             left = layer(inputs, 3, stride=2, groups=inputs, relu=False, name="left_dw")(left, batch_groups)
             left = layer(left_features, 1, name="left_pw")(left, batch_groups)
         else:
-            left, right = split_even_odd(x, axis=axis) if self.layout == "megvii" else jnp.split(x, 2, axis=axis)
+            left, right = lower.split(x, even_odd=self.layout == "megvii")
 
         right = layer(middle, 1, name="right_pw1")(right, batch_groups)
         right = layer(middle, 3, stride=self.stride, groups=middle, relu=False, name="right_dw")(right, batch_groups)
-        right = layer(self.features - left.shape[axis], 1, name="right_pw2")(right, batch_groups)
-        x = jnp.concatenate([left, right], axis=axis)
-        return x if self.layout == "megvii" else channel_shuffle(x, axis=axis)
+        right = layer(self.features - left.shape[lower.CHANNEL_AXIS], 1, name="right_pw2")(right, batch_groups)
+        return lower.join(left, right, shuffled=self.layout != "megvii")
 
 
 class Dropout(nn.Module):

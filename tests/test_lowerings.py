@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 
 from shufflenet_jax import lowerings
 from shufflenet_jax.batch_groups import AXIS, BatchGroups
-from shufflenet_jax.lowerings import cpu, direct, reference, shuffle
+from shufflenet_jax.lowerings import cpu, direct, gpu, pieces, reference, shuffle
 
 SIZES = [(8, 8), (7, 9), (1, 5), (2, 1)]
 
@@ -48,7 +48,7 @@ def run(lower, operation, x, *weights):
     return jax.vjp(whole, x, *weights)
 
 
-@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("lower", [cpu, gpu, reference])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("kernel", "groups"), [((3, 3, 1, 6), 6), ((3, 3, 6, 4), 1), ((1, 1, 6, 4), 1)])
@@ -77,7 +77,7 @@ def test_operations_for_inference_are_those_of_the_reference(x64, kernel, groups
     assert_allclose(direct.max_pool(x - 5), reference.max_pool(x - 5))
 
 
-@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("lower", [cpu, gpu, reference])
 @pytest.mark.parametrize("relu", [False, True])
 def test_batch_norm_and_its_gradients_are_pytorchs(x64, relu, lower):
     x, scale, bias = normal(3, 5, 4, 6) + 2, normal(6, seed=1), normal(6, seed=2)
@@ -101,7 +101,7 @@ def test_batch_norm_and_its_gradients_are_pytorchs(x64, relu, lower):
         assert_allclose(ours, tensor.grad.numpy(), atol=1e-12)
 
 
-@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("lower", [cpu, gpu, reference])
 @pytest.mark.parametrize("relu", [False, True])
 def test_groups_have_statistics_of_their_own_and_padding_has_no_part_in_them(x64, relu, lower):
     """Two groups of four rows, of which three are real: as if each group's three had been alone."""
@@ -134,7 +134,7 @@ def test_groups_have_statistics_of_their_own_and_padding_has_no_part_in_them(x64
     assert not np.asarray(gradients[0][~real]).any()
 
 
-@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("lower", [cpu, gpu, reference])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "mean", "near"),
@@ -189,10 +189,11 @@ def collectives_of(jaxpr):
     return len(re.findall(r"\b(?:psum|all_gather|reduce_scatter|ppermute|all_to_all)\w*\[", str(jaxpr)))
 
 
+@pytest.mark.parametrize("lower", [cpu, gpu])
 @pytest.mark.parametrize(
     ("kernel", "stride", "groups"), [((3, 3, 1, 8), 1, 8), ((3, 3, 1, 8), 2, 8), ((1, 1, 8, 8), 1, 1)]
 )
-def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups):
+def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups, lower):
     x, weights = (jnp.asarray(a, jnp.bfloat16) for a in (normal(2, 9, 9, 8), normal(*kernel, seed=1)))
     scale = jnp.linspace(0.5, 2, 8)
 
@@ -206,7 +207,7 @@ def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups):
             relu=True,
         )[0]
 
-    (ours, pull_ours), (theirs, pull_theirs) = (run(lower, layer, x, weights) for lower in (cpu, reference))
+    (ours, pull_ours), (theirs, pull_theirs) = (run(low, layer, x, weights) for low in (lower, reference))
     assert ours.dtype == theirs.dtype == jnp.bfloat16
     pairs = [(ours, theirs), *zip(pull_ours(ours), pull_theirs(ours), strict=True)]
     for mine, exact in pairs:
@@ -215,7 +216,7 @@ def test_lowerings_agree_in_bfloat16_to_its_resolution(kernel, stride, groups):
         assert_allclose(mine, exact, atol=6 * 2**-8 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("lower", [cpu, reference])
+@pytest.mark.parametrize("lower", [cpu, gpu, reference])
 @pytest.mark.parametrize("size", SIZES)
 def test_max_pool_and_its_gradient_are_pytorchs_also_for_negative_values_and_ties(x64, size, lower):
     # Few values, so that many windows hold their largest more than once; padding with zeros would win everywhere.
@@ -227,6 +228,32 @@ def test_max_pool_and_its_gradient_are_pytorchs_also_for_negative_values_and_tie
     cotangent = normal(*ours.shape, seed=2)
     theirs.backward(torch.from_numpy(cotangent.transpose(0, 3, 1, 2)))
     assert_allclose(pull(cotangent)[0], tensor.grad.numpy().transpose(0, 2, 3, 1), atol=1e-15)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-3), (jnp.bfloat16, 1e-5)])
+def test_the_variance_on_gpus_keeps_its_digits_where_the_mean_is_large(x64, dtype, tolerance):
+    """Squares of numbers about a thousand deviations from 0, as float32 and as bfloat16 hold them."""
+    x = jnp.asarray(normal(4, 9, 9, 2) + 1000, dtype)
+    groups = BatchGroups(size=2)
+    scale, bias = np.ones(2, np.float32), np.zeros(2, np.float32)
+    _, mean, var = gpu.batch_norm(x, scale, bias, groups, epsilon=1e-5, relu=True)
+    exact = np.float64(x).reshape(2, -1, 2)
+    assert_allclose(mean, exact.mean((0, 1)), rtol=1e-6)
+    # A few sums in float32 about one of the values, or of squares of 8 bits each.
+    assert_allclose(var, exact.var(1, ddof=1).mean(0), rtol=tolerance)
+
+
+@pytest.mark.parametrize("even_odd", [True, False])
+def test_channels_that_are_followed_are_those_that_are_shuffled(even_odd):
+    """Through a stage of five units, each of which doubles what goes right; then in their own order again."""
+    x, lowered = normal(1, 2, 2, 12), pieces.as_pieces(normal(1, 2, 2, 12))
+    for _ in range(5):
+        left, right = shuffle.split(x, even_odd=even_odd)
+        x = shuffle.join(left, 2 * right, shuffled=not even_odd)
+        left, right = pieces.split(lowered, even_odd=even_odd)
+        assert_allclose(pieces.as_array(right), shuffle.split(pieces.as_array(lowered), even_odd=even_odd)[1])
+        lowered = pieces.join(left, 2 * pieces.as_array(right), shuffled=not even_odd)
+        assert_allclose(pieces.as_array(lowered), x)
 
 
 def test_an_unknown_lowering_is_named():

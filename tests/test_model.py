@@ -112,17 +112,18 @@ def test_initial_weights_may_be_pytorchs_own():
         assert_allclose(np.std(ours), theirs.std(), rtol=7 / np.sqrt(4 * ours.size))
 
 
-def test_lowerings_and_rematerialisation_give_the_same_numbers_and_gradients(x64):
+@pytest.mark.parametrize(("lowering", "layout"), [("cpu", "torchvision"), ("gpu", "torchvision"), ("gpu", "megvii")])
+def test_lowerings_and_rematerialisation_give_the_same_numbers_and_gradients(x64, lowering, layout):
     with few_units():
-        assert_same_numbers_and_gradients()
+        assert_same_numbers_and_gradients(lowering, layout)
 
 
-def assert_same_numbers_and_gradients():
+def assert_same_numbers_and_gradients(lowering, layout):
     x = images(2, 33, 32, 3).astype(np.float64)
-    variables = init_variables(ShuffleNetV2(dtype=jnp.float64, **SMALL))
+    variables = init_variables(ShuffleNetV2(dtype=jnp.float64, layout=layout, **SMALL))
 
     def value_and_grads(**settings):
-        module = ShuffleNetV2(dtype=jnp.float64, **SMALL, **settings)
+        module = ShuffleNetV2(dtype=jnp.float64, layout=layout, **SMALL, **settings)
 
         def loss(params):
             (logits, _), updates = module.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
@@ -132,7 +133,7 @@ def assert_same_numbers_and_gradients():
 
     exact = value_and_grads(lowering="reference")
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(exact))
-    fast = value_and_grads(lowering="cpu", remat=True)
+    fast = value_and_grads(lowering=lowering, remat=True)
     for ours, theirs in zip(*map(jax.tree.leaves, (fast, exact)), strict=True):
         # float64 throughout; batch norm over 4 values in stage4 amplifies rounding some 1e3 times.
         assert_allclose(ours, theirs, atol=1e-10 * largest)

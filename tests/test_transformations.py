@@ -97,7 +97,7 @@ def joined(tree):
 
 @cache
 def plainly(**settings):
-    return jax.jit(differentiate(partial(loss, lowering="reference", **settings)))
+    return jax.jit(differentiate(partial(loss, **{**settings, "lowering": "reference"})))
 
 
 @cache
@@ -130,7 +130,7 @@ def assert_same(ours, theirs):
         assert_allclose(mine, exact, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-# The transformations of the CPU lowering.
+# The transformations of the lowerings with gradients of their own.
 
 
 def averaged_loss(axes, **settings):
@@ -214,9 +214,10 @@ def vmap_over_networks():
     return jax.jit(mapped)(networks(), taken(batches(), 0)), stacked([taken(one_by_one(k), 0) for k in range(2)])
 
 
-def gradients_of_vmap():
+def gradients_of_vmap(**settings):
     def mean_loss(variables, batches):
-        return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss, (None, 0))(variables, batches))
+        mapped = jax.vmap(partial(loss, **settings), (None, 0))
+        return jax.tree.map(lambda leaf: leaf.mean(0), mapped(variables, batches))
 
     return jax.jit(differentiate(mean_loss))(taken(networks(), 0), batches()), averaged(one_by_one())
 
@@ -240,11 +241,15 @@ TRANSFORMATIONS = {
     "vmap over networks": vmap_over_networks,
     "gradients of vmap": gradients_of_vmap,
     "checkpoint": partial(checkpoint, policy=jax.checkpoint_policies.dots_saveable),
+    "shard_map with groups and padding, on GPUs": partial(shard_map, grouped=True, lowering="gpu"),
+    "gradients of vmap, on GPUs": partial(gradients_of_vmap, lowering="gpu"),
 }
 
 
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-def test_transformations_of_the_cpu_lowering_give_the_numbers_and_gradients_of_the_reference(transformation):
+def test_transformations_of_lowerings_with_gradients_of_their_own_give_the_numbers_and_gradients_of_the_reference(
+    transformation,
+):
     assert_same(*TRANSFORMATIONS[transformation]())
 
 

@@ -33,7 +33,8 @@ def save(path, model, *, batch=None, size=None, with_preprocessing=False, featur
         return outputs if features else outputs[names[0]]
 
     def network(images):
-        lowerings = {"cpu": partial(predict, "cpu"), "default": partial(predict, "reference")}
+        lowerings = {"cpu": partial(predict, "cpu"), "cuda": partial(predict, "gpu")}
+        lowerings["default"] = partial(predict, "reference")
         return lax.platform_dependent(weights, images, **lowerings)
 
     (rows,) = jax.export.symbolic_shape("batch") if batch is None else (batch,)

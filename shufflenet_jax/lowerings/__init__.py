@@ -10,7 +10,7 @@ import jax
 
 from ..batch_groups import BatchGroups
 from ..config import RENAMED, LoweringName
-from . import cpu, direct, reference
+from . import cpu, direct, gpu, reference
 
 
 class Convolutions(Protocol):
@@ -24,7 +24,7 @@ class Convolutions(Protocol):
 
 
 class Lowering(Convolutions, Protocol):
-    """What training needs, on arrays in the lowering's own axis order."""
+    """What training needs, on arrays in the lowering's own axis order, or on Pieces in `gpu`."""
 
     CHANNEL_AXIS: int
 
@@ -33,6 +33,12 @@ class Lowering(Convolutions, Protocol):
 
     def to_nhwc(self, x: jax.Array) -> jax.Array:
         """Bring an array back to (B, H, W, C)."""
+
+    def split(self, x: jax.Array, *, even_odd: bool) -> tuple[jax.Array, jax.Array]:
+        """Split the channels into what a unit's left and right branch take: halves, or the even and the odd ones."""
+
+    def join(self, left: jax.Array, right: jax.Array, *, shuffled: bool) -> jax.Array:
+        """Join what the branches return; `shuffled` interleaves their channels."""
 
     def batch_norm(
         self,
@@ -63,7 +69,7 @@ class Lowering(Convolutions, Protocol):
         """Return the mean over all pixels, (B, C)."""
 
 
-MODULES = {"cpu": cpu, "reference": reference}
+MODULES = {"cpu": cpu, "gpu": gpu, "reference": reference}
 
 
 def resolve(name: str) -> Lowering:
@@ -82,11 +88,11 @@ def resolve(name: str) -> Lowering:
 
 def fastest_on(platform: str) -> LoweringName:
     """Return the name of the fastest lowering on a platform, as JAX names it."""
-    # On CPUs XLA runs grouped convolutions one group at a time: docs/faster.md has what "cpu" gains there. GPUs and
-    # TPUs have kernels for convolutions; nothing measured there speaks against those.
-    return "cpu" if platform == "cpu" else "reference"
+    # docs/faster.md has what each gains there; for TPUs nothing has been measured.
+    fastest: dict[str, LoweringName] = {"cpu": "cpu", "gpu": "gpu"}
+    return fastest.get(platform, "reference")
 
 
 def for_inference(name: str) -> Convolutions:
     """Return the convolutions of a deployed network (see deploy.py) for a lowering."""
-    return cast(Convolutions, direct if resolve(name) is cpu else reference)
+    return cast(Convolutions, reference if resolve(name) is reference else direct)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from . import own_gradients, reference
+from . import own_gradients, reference, shuffle
 from .windows import largest, taps, weighted_sum
 
 CHANNEL_AXIS = 0
 PIXELS = (1, 2, 3)  # The axes H, W and N.
+split, join = (partial(function, axis=CHANNEL_AXIS) for function in (shuffle.split, shuffle.join))
 
 
 def from_nhwc(images):

@@ -42,8 +42,8 @@ def _(primals, tangents):
 
 def _refuse(*_, **__):
     raise TypeError(
-        'lowering="cpu", which "auto" picks on CPUs, has no forward-mode derivatives (jax.jvp, jax.jacfwd, '
-        'jax.linearize); use lowering="reference"'
+        'the lowerings "cpu" and "gpu", which "auto" picks there, have no forward-mode derivatives (jax.jvp, '
+        'jax.jacfwd, jax.linearize); use lowering="reference"'
     )
 
 

@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .shuffle import join, split
+
+__all__ = ["join", "split"]
+
 CHANNEL_AXIS = -1
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
