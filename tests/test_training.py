@@ -25,6 +25,7 @@ from shufflenet_jax.recipes import PRESETS
 from shufflenet_jax.training.averages import average_weights
 from shufflenet_jax.training.losses import cross_entropy, distillation
 from shufflenet_jax.training.optimizer import decay_table, decays
+from shufflenet_jax.training.packing import packing_for
 from shufflenet_jax.training.schedule import make_schedule
 from shufflenet_jax.training.state import create_state
 from shufflenet_jax.training.step import Constants, train_step
@@ -168,9 +169,9 @@ class Step:
         # The last step is across the warm-up's edge.
         self.config = dataclasses.replace(IN1K, **{"warmup_steps": steps - 1, **changes})
 
-    def in_jax(self, dtype):
+    def in_jax(self, dtype, lowering="auto"):
         module = dialects.module_for(self.tensors, self.rules)
-        module = module.clone(dtype=np.dtype(dtype), frozen=self.config.frozen)
+        module = module.clone(dtype=np.dtype(dtype), frozen=self.config.frozen, lowering=lowering)
         variables, _ = dialects.from_torch(self.tensors, self.rules, module)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
         plan = parallel.plan_for_devices(self.config, jax.devices()[:1])
@@ -307,12 +308,14 @@ def is_trace(node):
 def run_steps(module, config, epoch, variables, batches, devices, supervision=None):
     """The state and the last metrics after a step on each batch."""
     supervision = supervision or Supervision(Constants())
-    step = parallel.map_train_step(partial(train_step, module, config, epoch, teacher=supervision.teacher), devices)
+    packing = packing_for(module, config, variables)
+    how = {"teacher": supervision.teacher, "packing": packing}
+    step = parallel.map_train_step(partial(train_step, module, config, epoch, **how), devices)
     constants = parallel.replicate(supervision.constants, devices)
-    state = parallel.replicate(create_state(module, config, epoch, variables), devices)
+    state = packing.pack_state(parallel.replicate(create_state(module, config, epoch, variables), devices))
     for batch in parallel.feed(batches, epoch.plan, devices):
         state, metrics = step(state, batch, constants)
-    return state, metrics
+    return packing.unpack_state(state), metrics
 
 
 def assert_same_to(share, ours, theirs):
@@ -388,14 +391,15 @@ def test_each_setting_of_loss_and_optimiser_is_pytorchs_in_float64(x64, small_ne
 ALONE, TOGETHER = (1, 1), (4, 2)  # Devices and parts; in the latter, each group is on two devices.
 
 
-def test_devices_and_parts_do_not_change_a_training(x64, small_networks):
+@pytest.mark.parametrize("lowering", ["cpu", "gpu"])
+def test_devices_and_parts_do_not_change_a_training(x64, small_networks, lowering):
     """An epoch of ten steps, the last uneven; the steps are small, lest the network amplify rounding."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
     data = Source(len(pixels), lambda i: Example(str(i), pixels[i], i % 10), 10, None, tuple)
     settings = {"image_size": 16, "crop": "center", "batch_size": 32, "bn_group_size": 8, "learning_rate": 1e-4}
     everything = {"dropout": 0.2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9}
     base = dataclasses.replace(IN1K, warmup_steps=5, **settings, **everything)
-    module = ShuffleNetV2(0.5, 10, small_stem=True, dropout=base.dropout, dtype=np.float64, lowering="cpu")
+    module = ShuffleNetV2(0.5, 10, small_stem=True, dropout=base.dropout, dtype=np.float64, lowering=lowering)
     variables = model.init_variables(module)
     ends = {}
     for count, parts in (ALONE, TOGETHER):
@@ -418,7 +422,7 @@ def test_devices_and_parts_do_not_change_a_training(x64, small_networks):
     assert_same_to(1e-7, ends[TOGETHER], ends[ALONE])  # Sums in another order, in float64, amplified by each step.
 
 
-def test_a_step_in_bfloat16_is_near_that_in_float32_in_both_lowerings(small_networks):
+def test_a_step_in_bfloat16_is_near_that_in_float32_in_all_lowerings(small_networks):
     module, variables = convert_network(lively_network("torchvision"), "torchvision")
     rng = np.random.default_rng(0)
     batch = {"images": rng.integers(0, 256, (16, 64, 64, 3), dtype=np.uint8), "labels": rng.integers(0, 10, 16)}
@@ -434,7 +438,7 @@ def test_a_step_in_bfloat16_is_near_that_in_float32_in_both_lowerings(small_netw
         return by_kind({"": dialects.to_torch(moved, dialects.DIALECTS["torchvision"], None)}), float(metrics["loss"])
 
     exact, loss = updates("float32", "reference")
-    for lowering in ("cpu", "reference"):
+    for lowering in ("cpu", "gpu", "reference"):
         found, near = updates("bfloat16", lowering)
         assert_allclose(near, loss, rtol=0.01)  # Each rounding is up to 0.4 %.
         for name, tensors in exact.items():
@@ -590,10 +594,12 @@ def test_three_steps_from_the_real_weights_on_real_images_are_pytorchs_in_float6
     """Two groups of batch norm, across the warm-up's edge; the average is a copy until the step after warm-up."""
     recipe = {"mixup": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "warmup_steps": 1}
     step = Step(*real_steps, groups=2, **recipe)
-    (ours, our_loss), (theirs, their_loss) = step.in_jax("float64"), step.in_pytorch("float64")
-    assert_allclose(our_loss, their_loss, rtol=1e-9)
-    # A wrong term in any gradient is far above.
-    assert_same_to(1e-7, ours, theirs)
+    theirs, their_loss = step.in_pytorch("float64")
+    for lowering in ("auto", "gpu"):
+        ours, our_loss = step.in_jax("float64", lowering)
+        assert_allclose(our_loss, their_loss, rtol=1e-9)
+        # A wrong term in any gradient is far above.
+        assert_same_to(1e-7, ours, theirs)
 
 
 @pytest.mark.real_data

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..model import variable_shapes
 from ..slices import Slice
 from .loop import describe_model, map_step, network_of, require_trainable
+from .packing import packing_for
 from .state import create_state
 from .supervision import load_supervision
 
@@ -106,9 +107,13 @@ def compile_ahead(config: TrainConfig, target: Slice) -> CompiledStep:
         epoch = Epoch(len(source), parallel.plan_for_devices(config, target.devices))
         require_trainable(config, epoch)
         module = network_of(config, info)
-        state = jax.eval_shape(lambda shapes: create_state(module, config, epoch, shapes), variable_shapes(module))
+        variables = variable_shapes(module)
+        packing = packing_for(module, config, variables)
+        state = jax.eval_shape(
+            lambda variables: packing.pack_state(create_state(module, config, epoch, variables)), variables
+        )
         constants = load_supervision(config, source, info).constants
-        step = map_step(module, config, epoch, devices=target.devices)
+        step = map_step(module, config, epoch, packing=packing, devices=target.devices)
         return _compile(step.lower(state, batch_shapes(config, epoch), constants), epoch, target)
 
 

@@ -31,6 +31,7 @@ from .finetuning import initial_variables
 from .interruption import Interruption
 from .logs import METRICS, Meter, MetricsLog, read_metrics
 from .optimizer import decay_table
+from .packing import Packing, packing_for
 from .pitfalls import warn_of_collapse, warn_of_pitfalls
 from .profiling import make_folder, traced
 from .resuming import Data
@@ -130,7 +131,8 @@ def _train(config, workdir, *, changed_data, profile):
         if parallel.is_first():
             warn_of_pitfalls(config, epoch, train_source, eval_source)
         batches = fed_batches(train_source, config, epoch, start, total_steps, stored=supervision.stored)
-        step = map_step(module, config, epoch, teacher=supervision.teacher)
+        packing = packing_for(module, config, variables)
+        step = map_step(module, config, epoch, teacher=supervision.teacher, packing=packing)
         constants = parallel.replicate(supervision.constants)
         with (
             MetricsLog(workdir, last_step=start) if parallel.is_first() else nullcontext() as log,
@@ -142,6 +144,7 @@ def _train(config, workdir, *, changed_data, profile):
                 config,
                 epoch,
                 step=traced_step,
+                packing=packing,
                 evaluate=make_evaluate(module, config, eval_source),
                 report=make_report(config, log, epoch, eval_source.classes),
                 checkpoints=checkpoints,
@@ -174,7 +177,8 @@ class Run(NamedTuple):
 
     config: TrainConfig
     epoch: Epoch
-    step: Callable  # (State, batch) -> (State, metrics).
+    step: Callable  # (packed State, batch) -> (packed State, metrics).
+    packing: Packing
     evaluate: Callable  # Variables -> (figures, how often each class was predicted).
     report: Callable  # (step, split, figures, [predictions of each class]) -> None.
     checkpoints: checkpoint.TrainingCheckpoints
@@ -186,8 +190,9 @@ def take_steps(run, state, start, batches):
     config, epoch, meter = run.config, run.epoch, Meter()
     learned = count_steps(config, epoch)
     last = learned + config.recalibrate
+    packed = run.packing.pack_state(state)
     for step, batch in enumerate(batches, start=start + 1):
-        state, metrics = run.step(state, batch)
+        packed, metrics = run.step(packed, batch)
         meter.add(step, metrics, epoch.images(step - 1))
         evaluating = step % (config.eval_every * epoch.steps) == 0 or step in (learned, last)
         stopping = parallel.all_stop(step, run.interruption.wanted) and step < last
@@ -195,6 +200,8 @@ def take_steps(run, state, start, batches):
         if step % config.log_every == 0 or evaluating or stopping:
             run.report(step, "train", finite(meter, run.checkpoints))
         figures = None
+        if evaluating or stopping:
+            state = run.packing.unpack_state(packed)
         if evaluating:
             figures, predicted = run.evaluate(state.variables)
             run.report(step, "eval", figures, predicted)
@@ -249,9 +256,11 @@ def network_of(config, info):
     return checkpoint.module_of(info, dtype=jnp.dtype(config.dtype), **settings)
 
 
-def map_step(module, config, epoch, *, teacher=None, devices=None):
+def map_step(module, config, epoch, *, packing, teacher=None, devices=None):
     """Return the step of a run as one call on a whole batch: `parallel.map_train_step` of `train_step`."""
-    return parallel.map_train_step(partial(train_step, module, config, epoch, teacher=teacher), devices)
+    return parallel.map_train_step(
+        partial(train_step, module, config, epoch, teacher=teacher, packing=packing), devices
+    )
 
 
 def items_of(state):

@@ -14,6 +14,7 @@ from ..evaluation.ranking import label_ranks
 from .averages import average_weights, recalibrate
 from .losses import Targets, image_losses
 from .optimizer import is_frozen
+from .packing import UNPACKED
 from .schedule import count_steps
 
 
@@ -31,25 +32,27 @@ class Constants(NamedTuple):
     teacher: Any = None  # The weights of the teacher, or None.
 
 
-def train_step(module, config, epoch, state, batch, constants, *, teacher=None):
+def train_step(module, config, epoch, state, batch, constants, *, teacher=None, packing=UNPACKED):
     """Take one SGD step on this device's share of the batch; the gradient is that of the mean over all images.
 
     Args:
       module: a ShuffleNetV2 with a classifier.
       config: a TrainConfig: how the uint8 images are normalised and mixed, the loss, and the seed.
       epoch: an Epoch, whose plan says in which parts the batch comes and which images share batch statistics.
-      state: a State.
+      state: a State, in the arrays of the packing.
       batch: {"images": uint8 (parts, R, H, W, C), "labels": (parts, R)}, in the last batch of an epoch "mask": (parts,
         R), 0 for padding, "flip", "erase" as in `normalization.network_inputs`, and "teacher": (parts, R, num_classes),
         stored logits to learn.
       constants: the Constants of the run.
       teacher: a Teacher.
+      packing: the Packing of the state.
     Returns:
       The next State, and the batch's {"loss", "top1", "top5", "grad_norm"}, top1 and top5 in percent. Where images are
       mixed, the label with the larger share counts.
     """
     plan, device = epoch.plan, jax.lax.axis_index(AXIS)
     dropout_key, mixing_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+    variables = packing.unpack(state.variables)
     images = jax.lax.psum(batch["mask"].sum(), AXIS) if "mask" in batch else plan.batch_size
 
     def one_part(number):
@@ -65,7 +68,7 @@ def train_step(module, config, epoch, state, batch, constants, *, teacher=None):
                 lambda path, leaf: jax.lax.stop_gradient(leaf) if is_frozen(path, config.frozen) else leaf, params
             )
             (logits, _), updates = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": variables["batch_stats"]},
                 inputs(config.preprocess, module.dtype),
                 train=True,
                 batch_groups=groups,
@@ -82,8 +85,9 @@ def train_step(module, config, epoch, state, batch, constants, *, teacher=None):
             statistics = jax.tree.map(lambda leaf: leaf / plan.parts, updates["batch_stats"])
             return sums["loss"], (statistics, sums)
 
-        (_, (statistics, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        return grads, statistics, sums
+        (_, (statistics, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+        moves = packing.pack({"params": grads, "batch_stats": statistics})
+        return moves["params"], moves["batch_stats"], sums
 
     if plan.parts == 1:
         summed = one_part(0)
