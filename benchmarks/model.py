@@ -269,6 +269,15 @@ def jax_inference(name, batch, dtype, resolution, width, _):
 
 
 def jax_step(name, batch, dtype, resolution, width, _):
+    from shufflenet_jax.config import TrainConfig
+
+    module, variables = converted(width, dtype, reference=name != "ours")
+    config = TrainConfig(data="none", batch_size=batch, bn_group_size=0, accumulate=1, image_size=resolution)
+    return training_step(module, variables, config)
+
+
+def training_step(module, variables, config):
+    """A function without arguments that takes a step of training on made-up images, as `train.py` takes them."""
     from functools import partial
 
     import jax
@@ -276,20 +285,20 @@ def jax_step(name, batch, dtype, resolution, width, _):
 
     from shufflenet_jax import parallel
     from shufflenet_jax.batch_groups import Epoch
-    from shufflenet_jax.config import TrainConfig
+    from shufflenet_jax.training.packing import packing_for
     from shufflenet_jax.training.state import create_state
     from shufflenet_jax.training.step import Constants, train_step
 
-    module, variables = converted(width, dtype, reference=name != "ours")
-    config = TrainConfig(data="none", batch_size=batch, bn_group_size=0, accumulate=1)
     device = jax.local_devices()[:1]
     plan = parallel.plan_for_devices(config, device)
-    epoch = Epoch(1000 * batch, plan)
-    state = parallel.replicate(create_state(module, config, epoch, variables), device)
-    step = parallel.map_train_step(partial(train_step, module, config, epoch), device)
+    epoch = Epoch(1000 * config.batch_size, plan)
+    packing = packing_for(module, config, variables)
+    state = packing.pack_state(parallel.replicate(create_state(module, config, epoch, variables), device))
+    step = parallel.map_train_step(partial(train_step, module, config, epoch, packing=packing), device)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, resolution, resolution, 3), dtype=np.uint8)
-    (fed,) = parallel.feed([{"images": images, "labels": rng.integers(0, 1000, batch)}], plan, device)
+    images = rng.integers(0, 256, (config.batch_size, config.image_size, config.image_size, 3), dtype=np.uint8)
+    labels = rng.integers(0, module.num_classes, config.batch_size)
+    (fed,) = parallel.feed([{"images": images, "labels": labels}], plan, device)
 
     def call():
         nonlocal state

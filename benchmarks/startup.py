@@ -54,9 +54,9 @@ def main():
     return 0
 
 
-def save_images(home):
+def save_images(home, images=32):
     """Class folders with as many images as one step takes."""
-    for split, number in [*(("train", i) for i in range(32)), ("val", 0)]:
+    for split, number in [*(("train", i) for i in range(images)), ("val", 0)]:
         place = home / f"data/{split}/n01440764/{number}.JPEG"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "demo/bird.JPEG", place)
