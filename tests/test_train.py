@@ -260,6 +260,15 @@ def test_images_have_the_channels_asked_for_whatever_the_preprocessing(name, in_
     assert info.in_chans == info.preprocess.channels == in_chans
 
 
+@pytest.mark.parametrize(
+    ("backend", "cache", "words"),
+    [("cpu", "cache", None), ("gpu", "cache", "results in cache"), ("gpu", None, "every run does so again")],
+)
+def test_the_first_minutes_on_a_gpu_are_announced(backend, cache, words):
+    note = loop.describe_start(backend, cache)
+    assert note is None if words is None else words in note
+
+
 def test_stored_predictions_travel_with_their_examples(trained, tmp_path, call):
     argv = ("--checkpoint", trained, "--data", "digits", "--split", "train", "--predictions", tmp_path / "p.npz")
     assert call(evaluate.main, *argv)[0] == 0

@@ -33,9 +33,8 @@ def save(path, model, *, batch=None, size=None, with_preprocessing=False, featur
         return outputs if features else outputs[names[0]]
 
     def network(images):
-        lowerings = {"cpu": partial(predict, "cpu"), "cuda": partial(predict, "gpu")}
-        lowerings["default"] = partial(predict, "reference")
-        return lax.platform_dependent(weights, images, **lowerings)
+        direct, reference = partial(predict, "cpu"), partial(predict, "reference")  # That of GPUs is that of CPUs here.
+        return lax.platform_dependent(weights, images, cpu=direct, cuda=direct, default=reference)
 
     (rows,) = jax.export.symbolic_shape("batch") if batch is None else (batch,)
     shape = (rows, *(size or (preprocess.crop, preprocess.crop)), preprocess.channels)

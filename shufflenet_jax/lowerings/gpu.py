@@ -103,7 +103,7 @@ def _batch_norm_backward(epsilon, relu, saved, cotangents):
         return shifted, jnp.where(y > 0, dy, 0) if relu else dy
 
     shifted, dy = inputs(moments, factor, bias)
-    weighted = dy / _per_group(count)
+    weighted = dy * _per_group(1 / count)
     level, product = _sums([weighted, weighted * (shifted - _per_group(moments.mean))])
     deviation = jnp.sqrt(moments.var + epsilon)
     dbias, dscale = level, product / deviation
@@ -175,8 +175,8 @@ class Moments(NamedTuple):
 def _moments(x, batch_groups):
     """Take the Moments of (B, H, W, C) in one pass: sums of the values and of their squares.
 
-    Squares lose digits where the mean is large, so that one of the values is subtracted first; but not where values
-    have 8 bits or 11: then it is those that have lost the digits, and a float32 sum of the squares has them all.
+    Squares lose digits where the mean is large, so that one of the values is subtracted first. Values of 16 bits lose
+    more there than float32 sums of their squares do, and for them it would be a kernel more.
     """
     wide = _grouped(x, batch_groups)
     shape = wide.shape[0], x.shape[-1]
@@ -190,7 +190,7 @@ def _moments(x, batch_groups):
     if batch_groups.mask is not None:
         mask = _mask(batch_groups, wide)
         shifted, count = shifted * mask, mask.sum((1, 2, 3)) * (x.shape[1] * x.shape[2])
-    weighted = shifted / _per_group(count)
+    weighted = shifted * _per_group(1 / count)
     mean, squares = _sums([weighted, weighted * shifted])
     return Moments(shift, mean, jnp.maximum(squares - jnp.square(mean), 0), count)
 

@@ -128,6 +128,8 @@ def _train(config, workdir, *, changed_data, profile):
     ):
         state, start = resume(checkpoints, fresh, total_steps)
         logger.info("%s\n%s", describe_run(config, epoch), decay_table(state.params, config.decay, config.frozen))
+        if note := describe_start(jax.default_backend(), jax.config.jax_compilation_cache_dir):
+            logger.info(note)
         if parallel.is_first():
             warn_of_pitfalls(config, epoch, train_source, eval_source)
         batches = fed_batches(train_source, config, epoch, start, total_steps, stored=supervision.stored)
@@ -326,6 +328,16 @@ def describe_run(config, epoch):
         f"{further}\nbatches of {plan.batch_size} on {plan.devices} device(s){parts}, batch statistics over "
         f"{plan.group}; learning rate {peak_rate(config):g}{usual}, {config.schedule}"
     )
+
+
+def describe_start(backend: str, cache: str | None) -> str | None:
+    """Return what the first minutes of a run are, where it is minutes: JAX's backend, and where it keeps programs."""
+    if backend != "gpu":
+        return None
+    what = "the first step takes minutes: XLA compiles it, and times several kernels for each operation"
+    if cache is None:
+        return f"{what}; without a compilation cache, every run does so again"
+    return f"{what}; later runs find the results in {cache}"
 
 
 def finite(meter, checkpoints):
