@@ -93,9 +93,9 @@ def _batch_norm_forward(x, scale, bias, batch_groups, epsilon, relu):
 
 
 def _batch_norm_backward(epsilon, relu, saved, cotangents):
-    x, *vectors, batch_groups = saved
-    moments, factor, bias = _at_once(*vectors)
+    x, moments, factor, bias, batch_groups = saved
     count = moments.count
+    moments, factor, bias = _at_once(moments._replace(count=None), factor, bias)
 
     def inputs(moments, factor, bias):
         shifted, y = _normalized(x, moments, factor, bias, batch_groups)
@@ -163,13 +163,13 @@ class Moments(NamedTuple):
       shift: what all values were reduced by first.
       mean: of the values so shifted.
       var: biased.
-      count: how many values each is over.
+      count: how many values each is over; None where nobody asks.
     """
 
     shift: jax.Array
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array | None
 
 
 def _moments(x, batch_groups):
