@@ -88,14 +88,14 @@ def _batch_norm_forward(x, scale, bias, batch_groups, epsilon, relu):
     saved = x, moments, factor, bias, batch_groups
     _, y = _normalized(*saved)
     y = (jax.nn.relu(y) if relu else y).astype(x.dtype).reshape(x.shape)
-    mean, var = moments.mean + moments.shift, reference.unbiased(moments.var, moments.count)
+    mean, var = moments.mean + moments.shift, reference.unbiased(moments.var, moments.size)
     return (y, mean.mean(0), var.mean(0)), saved
 
 
 def _batch_norm_backward(epsilon, relu, saved, cotangents):
     x, moments, factor, bias, batch_groups = saved
-    count = moments.count
-    moments, factor, bias = _at_once(moments._replace(count=None), factor, bias)
+    count = moments.size
+    moments, factor, bias = _at_once(moments._replace(size=None), factor, bias)
 
     def inputs(moments, factor, bias):
         shifted, y = _normalized(x, moments, factor, bias, batch_groups)
@@ -163,13 +163,13 @@ class Moments(NamedTuple):
       shift: what all values were reduced by first.
       mean: of the values so shifted.
       var: biased.
-      count: how many values each is over; None where nobody asks.
+      size: number of values that each is taken over; None where it is not needed.
     """
 
     shift: jax.Array
     mean: jax.Array
     var: jax.Array
-    count: jax.Array | None
+    size: jax.Array | None
 
 
 def _moments(x, batch_groups):
