@@ -108,7 +108,7 @@ def _batch_norm_backward(epsilon, relu, saved, cotangents):
     deviation = jnp.sqrt(moments.var + epsilon)
     dbias, dscale = level, product / deviation
     if batch_groups.spans:
-        level, product = lax.psum((level, product), AXIS, axis_index_groups=batch_groups.spans)
+        level, product = lax.psum(jnp.stack([level, product]), AXIS, axis_index_groups=batch_groups.spans)
     slope = product / jnp.square(deviation)
     constant, slope, level, moments, factor, bias = _at_once(
         level - moments.mean * slope, slope, level, moments, factor, bias
