@@ -19,7 +19,7 @@ CONFIG = dataclasses.replace(PRESETS["digits"], batch_size=10, learning_rate=0.5
 
 
 def source_of(*labels, classes=("cat", "dog", "owl"), **settings):
-    return Source(len(labels), None, len(classes), classes, lambda: labels, **settings)
+    return Source(len(labels), pytest.fail, len(classes), classes, lambda: labels, **settings)
 
 
 def warnings_of(caplog, train=(0, 1, 2) * 20, evaluated=(0, 1, 2), **settings):
@@ -59,7 +59,7 @@ def test_settings_and_data_that_cannot_lead_far_are_warned_of_with_their_numbers
 
 def test_labels_that_would_have_to_be_read_are_not_read(caplog):
     epoch = Epoch(60, plan_batch(10, 0, 1))
-    unread = dataclasses.replace(source_of(*[0] * 60, labels_at_hand=False), labels=None)
+    unread = dataclasses.replace(source_of(*[0] * 60, labels_at_hand=False), labels=pytest.fail)
     warn_of_pitfalls(CONFIG, epoch, unread, unread)
     assert not caplog.messages
 

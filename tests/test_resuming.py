@@ -47,7 +47,7 @@ def test_a_change_is_refused_and_every_byte_kept_or_the_run_continues(name, stop
 def source_of(count=20, **changes):
     """A Source of examples that nobody reads."""
     traits = tuple((f"cat/{i}.jpg", 100 + i, i % 2) for i in range(count))
-    settings = {"size": count, "read": None, "num_classes": 2, "classes": ("cat", "dog"), "labels": tuple}
+    settings = {"size": count, "read": pytest.fail, "num_classes": 2, "classes": ("cat", "dog"), "labels": tuple}
     return sources.Source(**{**settings, "traits": lambda: traits, **changes})
 
 

@@ -176,7 +176,7 @@ class Step:
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
         plan = parallel.plan_for_devices(self.config, jax.devices()[:1])
         epoch = Epoch(IN1K_EPOCH.steps * plan.batch_size, plan)
-        source = Source(self.labels.size, None, module.num_classes, None, tuple)
+        source = Source(self.labels.size, pytest.fail, module.num_classes, None, tuple)
         described = (module.layout, module.num_classes, MMPRETRAIN_EVAL)
         info = ModelInfo(module.width, *described, channels=module.channels, repeats=module.repeats)
         supervision = load_supervision(dataclasses.replace(self.config, dtype=np.dtype(dtype).name), source, info)
