@@ -166,7 +166,7 @@ def child(task):
 def times_of(call, seconds):
     """Seconds of each of many calls, the device waited for after every one."""
     times, end = [], time.perf_counter() + seconds
-    while len(times) < 10 or time.perf_counter() < end:
+    while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
