@@ -81,7 +81,7 @@ def main():
         show(found)
         figures = [task._asdict() | row for task, rows in found for row in rows]
     if options.part == "inference" and options.checkpoint and options.data:
-        figures.append(counts(options.checkpoint, options.data))
+        figures += counts(options.checkpoint, options.data)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "part": options.part, "rows": figures}, indent=2))
     return 0
@@ -318,14 +318,15 @@ def startup(*, tiny):
 
 
 def counts(checkpoint, data):
-    """Print and return what eval.py counts."""
+    """Print and return what eval.py counts, a row; what is measured already is not lost where it fails."""
     words = [sys.executable, "eval.py", "--checkpoint", checkpoint, "--data", data]
     done = subprocess.run([*words], cwd=ROOT, env={**os.environ, **SHARED}, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: eval.py failed: {done.stderr[-2000:]}")
+        print(f"note: eval.py failed: {done.stderr[-2000:]}", file=sys.stderr)
+        return []
     counted = json.loads(done.stdout.splitlines()[-1])
     print(f"\neval.py: {counted['top1_correct']} and {counted['top5_correct']} of {counted['images']}")
-    return counted
+    return [counted]
 
 
 if __name__ == "__main__":
