@@ -5,6 +5,7 @@
 >>> snet.inference_model(model, "bird.jpg")["pred_class"]
 >>> module, variables = snet.load("shufflenet_v2_x1_0")
 >>> logits, features = module.apply(variables, images)
+>>> snet.finetune("FOLDER")  # a Model for one's own classes
 >>> snet.train(snet.PRESETS["digits"], "runs/digits").best.top1
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .model import ShuffleNetV2
     from .published import list_models
     from .recipes import PRESETS
+    from .training.finetuning import finetune
     from .training.loop import TrainResult, train
 
 __version__ = "0.1.0"  # pyproject.toml reads it here.
@@ -31,6 +33,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "enable_compilation_cache",
+    "finetune",
     "get_model",
     "inference_model",
     "list_models",
@@ -45,6 +48,7 @@ _PLACES = {
     "TrainConfig": "config",
     "TrainResult": "training.loop",
     "enable_compilation_cache": "environment",
+    "finetune": "training.finetuning",
     "get_model": "inference",
     "inference_model": "inference",
     "list_models": "published",

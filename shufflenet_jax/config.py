@@ -58,12 +58,13 @@ class Preprocess:
 
     # "cv2" turns the image as its EXIF orientation says; "pillow" leaves it as it is stored.
     decoder: Literal["cv2", "pillow"]
-    # Length of the short side after resizing, in pixels.
+    # Length of the short side after resizing, in pixels. Where `crop` is no square, the image is scaled to just cover a
+    # rectangle of the crop's shape whose short side has this length.
     resize: int
     # "pillow" antialiases and rounds the long side down; "cv2" samples and rounds to nearest.
     backend: Literal["pillow", "cv2"]
-    # Side of the square cut from the centre, in pixels.
-    crop: int
+    # What is cut from the centre, in pixels: the side of a square, or height and width of a rectangle.
+    crop: int | tuple[int, ...]
     # Order of the channels that the network expects; "L" is grey, "any" other channels than an image file has.
     channel_order: Literal["RGB", "BGR", "L", "any"]
     # Multiplies the uint8 values, before mean and std.
@@ -76,9 +77,10 @@ class Preprocess:
     def __post_init__(self):
         _require_types("preprocess", self)
         channels = {"L": 1, "any": max(1, len(self.mean))}.get(self.channel_order, 3)
-        if not 0 < self.crop <= self.resize:
+        object.__setattr__(self, "crop", _square_or_sides("preprocess.crop", self.crop))
+        if not 0 < min(self.size) <= self.resize:
             raise InputError(f"preprocess.crop is {self.crop}, but must lie between 1 and preprocess.resize")
-        if self.resize > MOST_SIDE:
+        if max(self.resize, *self.size) > MOST_SIDE:
             raise InputError(f"preprocess.resize is {self.resize}, but must be at most {MOST_SIDE}")
         if len(self.mean) != channels or len(self.std) != channels or not all(self.std):
             raise InputError(f"preprocess.mean and std must hold {channels} values each, std none of them 0")
@@ -89,14 +91,20 @@ class Preprocess:
     def channels(self):
         return len(self.mean)
 
-    def with_side(self, side: int, resize: int = 0) -> "Preprocess":
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what is cut, in pixels."""
+        return sides_of(self.crop)
+
+    def with_side(self, side: int | tuple[int, ...], resize: int = 0) -> "Preprocess":
         """Return the same for another side of the square, in pixels.
 
         Args:
-          side: of the square.
+          side: of the square, or height and width of a rectangle.
           resize: short side of the image before the square is cut; 0: 8/7 of `side`, and below 128 just that.
         """
-        usual = round(side * 256 / 224) if side >= 128 else side  # Small images keep their borders.
+        short = min(sides_of(side))
+        usual = round(short * 256 / 224) if short >= 128 else short  # Small images keep their borders.
         return dataclasses.replace(self, resize=resize or usual, crop=side)
 
     def with_channels(self, channels: int) -> "Preprocess":
@@ -117,6 +125,29 @@ class Preprocess:
         return dataclasses.replace(self, channel_order=order, mean=adapt(self.mean), std=adapt(self.std))
 
 
+def _square_or_sides(name: str, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """Return a square by its side alone, and a rectangle by height and width. Raises InputError on anything else."""
+    value = tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != 2:
+        raise InputError(f"{name} is {value}, but must be the side of a square, or height and width")
+    return value[0] if value[0] == value[1] else value
+
+
+def sides_of(side: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return height and width of a square by its side, or of a rectangle."""
+    return (side[0], side[1]) if isinstance(side, tuple) else (side, side)
+
+
+def square_or_rectangle(text: str) -> int | tuple[int, ...]:
+    """Read "224" as 224, and "192x256" as (192, 256), height and width."""
+    sides = tuple(map(int, text.lower().split("x")))
+    if len(sides) > 2:
+        raise ValueError(f"{text!r} has more than two sides")
+    return sides if len(sides) == 2 else sides[0]
+
+
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Read "4,8,4" as (4, 8, 4)."""
     return tuple(map(int, text.split(",")))
@@ -124,8 +155,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 # How a command line gives a setting that has several numbers.
 NUMBERS = {"custom_args": {"type": whole_numbers, "nargs": None, "metavar": "N,N,..."}}
+SIDES = {"custom_args": {"type": square_or_rectangle, "nargs": None, "metavar": "SIDE|HxW"}}
+SIDES_OF_IMAGES = ("image_size", "eval_size")  # Settings.
 VAL_SHARE = 0.2  # Of each class, where a folder of images has no splits.
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
+BALANCED = "balanced"  # Classes that count alike, however many images each has.
+MOST_MAGNITUDE = 30  # Of RandAugment's operations: they know 31 strengths.
 MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
 # How the network's operations run: "reference" is the slow, plain form, "auto" the fastest one for the backend.
 LoweringName = Literal["auto", "cpu", "gpu", "reference"]
@@ -223,7 +258,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training of a ShuffleNetV2."""
+    """Training of a ShuffleNetV2.
+
+    With `rule`, settings may be left open by 0: image_size, batch_size, epochs (without steps) and learning_rate. The
+    network is left open by a width of None without channels and repeats. `training.rule` chooses them.
+    """
 
     # Data: "tfds:NAME"; a folder of images, or a zip or tar of one: <split>/<class>/<image>, <class>/<image>, or with
     # lists meta/<split>.txt; or "digits".
@@ -236,7 +275,8 @@ class TrainConfig:
     eval_split: str | None = None
     # Share of each class that is held out as split val where a folder has no splits; a hash of the names decides.
     val_share: float = VAL_SHARE
-    # Width of the network: 0.5, 1.0, 1.5 or 2.0 times the channels of the stages.
+    # Width of the network: 0.5, 1.0, 1.5 or 2.0 times the channels of the stages. None without channels: the network
+    # and the normalization of its images are those of init_from.
     width: float | None = 1.0
     # Channels of the stem, stage2, stage3, stage4 and conv5, like 24,48,96,192,192, instead of a width.
     channels: tuple[int, ...] | None = field(default=None, metadata=NUMBERS)
@@ -250,16 +290,19 @@ class TrainConfig:
     init_from: str | None = None
     # What stays as it is, its batch norm in inference mode, like "conv1,stage2"; "backbone": all but the classifier.
     freeze: str = ""
+    # Train the classifier alone, in seconds, on features that are computed once: logistic regression on training images
+    # as evaluation prepares them. Of the settings of loss and order, class_weights and sampling count.
+    linear_probe: bool = False
     # Whose initial weights: MMPretrain's and the authors', or PyTorch's own, which torchvision's networks begin with.
     initial: Initialization = "mmpretrain"
     # Whose way to decode, scale and normalise images; "digits" makes them grey.
     preprocessing: Literal["mmpretrain", "torchvision", "megvii", "cifar10", "digits"] = "mmpretrain"
     # Channels of the images: 1 makes them grey, 3 coloured; 0: as `preprocessing` has them.
     in_chans: int = 0
-    # Side of the square input in training, in pixels.
-    image_size: int = 224
-    # Side of the square input in evaluation, in pixels; 0: image_size.
-    eval_size: int = 0
+    # Side of the square input in training, in pixels, or height x width of a rectangle, like 192x256.
+    image_size: int | tuple[int, ...] = field(default=224, metadata=SIDES)
+    # The same in evaluation; 0: image_size.
+    eval_size: int | tuple[int, ...] = field(default=0, metadata=SIDES)
     # Short side of an image before evaluation cuts its square, in pixels; 0: 8/7 of eval_size, and below 128 just that.
     eval_resize: int = 0
     # Dropout rate before the classifier; Megvii trained 2.0x with 0.2.
@@ -279,8 +322,17 @@ class TrainConfig:
     color_jitter: float = 0.0
     # One random operation at a random strength on each training image (TrivialAugmentWide).
     trivial_augment: bool = False
+    # Random operations on each training image, one after another (RandAugment); 0: none.
+    rand_augment: int = 0
+    # Strength of RandAugment's operations, from 0 to 30.
+    rand_magnitude: int = 9
     # Share of training images in which a random rectangle is blanked.
     random_erasing: float = 0.0
+    # What chooses image_size, batch_size, epochs and learning_rate where they are 0: "images" goes by the number and
+    # the size of the training images.
+    rule: Literal["none", "images"] = "none"
+    # Which images a pass takes: "all" takes each once; "balanced" takes as many of each class, some of them repeatedly.
+    sampling: Literal["all", "balanced"] = "all"
     # How often each image of a pass is used in a row, each time with other random numbers (repeated augmentation).
     aug_repeats: int = 1
     # Processes that decode training images, on each host; 0 decodes in threads of the main process.
@@ -321,18 +373,25 @@ class TrainConfig:
     warmup: Literal["constant", "linear"] = "constant"
     # Let the schedule begin when the warm-up ends, instead of both together.
     warmup_first: bool = False
-    # Momentum of SGD.
+    # How gradients move the weights: "sgd" with momentum, or "adamw", both as PyTorch computes them.
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    # Learning rate of all layers but the classifier, as a share of the learning rate.
+    backbone_lr: float = 1.0
+    # Momentum of SGD, and AdamW's first beta.
     momentum: float = 0.9
-    # Nesterov's form of the momentum.
+    # Nesterov's form of SGD's momentum.
     nesterov: bool = False
-    # Coupled L2 penalty, as a factor on the weights.
+    # AdamW's second beta: the share of the old mean square of the gradient at each step.
+    beta2: float = 0.999
+    # Factor on the weights: SGD's coupled L2 penalty, or AdamW's decoupled decay.
     weight_decay: float = 4e-5
-    # What L2 applies to: "no_norm" leaves out batch norm's scale and bias, "matrices" all with one axis, "all" nothing.
+    # What decays: "no_norm" leaves out batch norm's scale and bias, "matrices" all with one axis, "all" nothing.
     decay: Literal["no_norm", "matrices", "all"] = "no_norm"
     # Share of the target that is spread evenly over all classes.
     label_smoothing: float = 0.0
     # File with a number for each class, one a line, which multiplies the losses of its images; their mean divides by
-    # the number of images, as in MMPretrain, not by the sum of their weights, as PyTorch's own mean does.
+    # the number of images, as in MMPretrain, not by the sum of their weights, as PyTorch's own mean does. "balanced"
+    # computes them from the counts: all images / (classes * images of the class), 1 on average over the images.
     class_weights: str | None = None
     # Mix each image with the next one of its batch-norm group, in shares from Beta(mixup, mixup); 0 never does.
     mixup: float = 0.0
@@ -363,6 +422,8 @@ class TrainConfig:
     seed: int = 0
     # Epochs between evaluations; each is followed by a checkpoint, and so is the last step.
     eval_every: int = 1
+    # Evaluations without a higher top-1 after which the run ends early; 0: it never does.
+    patience: int = 0
     # Steps between two lines of the training log.
     log_every: int = 100
     # Newest checkpoints to keep; the best is always kept too.
@@ -376,13 +437,17 @@ class TrainConfig:
                 f"repeats is {self.repeats}, but must be the units of {', '.join(STAGES)}, like 4,8,4; `aug_repeats` "
                 "says how often a pass uses each image"
             )
-        _keep_table(self)
+        for name in SIDES_OF_IMAGES:
+            object.__setattr__(self, name, _square_or_sides(name, getattr(self, name)))
+        if not self.takes_network:
+            _keep_table(self)
+        elif not self.init_from:
+            raise InputError("width is None, which stands for the network of a checkpoint; name one with `init_from`")
         _require_types("TrainConfig", self)
+        self._check_sides()
         counts = (
-            "epochs",
-            "batch_size",
+            *(("epochs", "batch_size") if self.rule == "none" else ()),
             "eval_batch_size",
-            "image_size",
             "aug_repeats",
             "eval_every",
             "log_every",
@@ -393,6 +458,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
         lengths = (
+            "epochs",
+            "batch_size",
             "steps",
             "recalibrate",
             "warmup_steps",
@@ -400,9 +467,11 @@ class TrainConfig:
             "bn_group_size",
             "accumulate",
             "scale_lr_from",
+            "rand_augment",
+            "patience",
         )
-        strengths = ("learning_rate", "weight_decay", "clip_norm", "mixup", "cutmix", "warmup_factor")
-        for name in (*lengths, *strengths, "eval_size", "eval_resize", "shift", "workers", "seed"):
+        strengths = ("learning_rate", "backbone_lr", "weight_decay", "clip_norm", "mixup", "cutmix", "warmup_factor")
+        for name in (*lengths, *strengths, "eval_resize", "shift", "workers", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be 0 or more")
         for name in ("color_jitter", "random_erasing", "max_damaged", "min_area", "teacher_weight"):
@@ -410,7 +479,7 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1]")
         if not 0 < self.val_share < 1:
             raise InputError(f"val_share is {self.val_share}, but must lie between 0 and 1")
-        for name in ("momentum", "dropout", "label_smoothing", "ema_decay"):
+        for name in ("momentum", "beta2", "dropout", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
         if self.in_chans not in (0, 1, 3):
@@ -419,13 +488,30 @@ class TrainConfig:
             )
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}, but must be more than 0")
-        if self.preprocess.crop > self.preprocess.resize:
+        if self.image_size and min(self.preprocess.size) > self.preprocess.resize:
             raise InputError(f"eval_resize is {self.eval_resize}, but must be at least what evaluation cuts")
         unknown = set(self.freeze.split(",")) - {*LAYERS, "backbone", ""}
         if unknown:
             raise InputError(f"freeze names {', '.join(unknown)}, but there are backbone and {', '.join(LAYERS)}")
-        if self.nesterov and not self.momentum:
-            raise InputError("nesterov is a form of momentum, but momentum is 0")
+        if not 0 <= self.rand_magnitude <= MOST_MAGNITUDE:
+            raise InputError(f"rand_magnitude is {self.rand_magnitude}, but must lie between 0 and {MOST_MAGNITUDE}")
+        if self.nesterov and (self.optimizer == "adamw" or not self.momentum):
+            why = "the optimizer is adamw" if self.optimizer == "adamw" else "momentum is 0"
+            raise InputError(f"nesterov is a form of SGD's momentum, but {why}")
+        if self.linear_probe and not self.init_from:
+            raise InputError("linear_probe needs the features of a trained network; name one with `init_from`")
+
+    def _check_sides(self) -> None:
+        """Raise InputError if a side cannot be."""
+        for name in SIDES_OF_IMAGES:
+            least = 1 if isinstance(getattr(self, name), tuple) or (name, self.rule) == ("image_size", "none") else 0
+            if min(sides_of(getattr(self, name))) < least:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+
+    @property
+    def takes_network(self) -> bool:
+        """Whether the network is that of the checkpoint to begin with, and not described here yet."""
+        return self.width is None and self.channels is None and self.repeats is None
 
     @property
     def table(self) -> Table:
@@ -448,7 +534,7 @@ class TrainConfig:
         """The same at the resolution of training."""
         return self._preprocess(self.image_size, 0)
 
-    def _preprocess(self, side, resize):
+    def _preprocess(self, side: int | tuple[int, ...], resize: int) -> Preprocess:
         preprocess = PREPROCESSING[self.preprocessing]
         return preprocess.with_channels(self.in_chans or preprocess.channels).with_side(side, resize)
 

@@ -38,8 +38,8 @@ class Model:
         self.module, self.variables, self.info = module, variables, info
 
     def __repr__(self) -> str:
-        side, channels = self.info.preprocess.crop, self.info.in_chans
-        return f"<Model: ShuffleNetV2 {describe(self.module)}, for images of {side} x {side} x {channels}>"
+        (height, width), channels = self.info.preprocess.size, self.info.in_chans
+        return f"<Model: ShuffleNetV2 {describe(self.module)}, for images of {height} x {width} x {channels}>"
 
     def __call__(self, images: Any) -> jax.Array:
         """Logits (B, num_classes) of images (B, H, W, C): uint8 in RGB or grey from `preprocess`, or floats as the

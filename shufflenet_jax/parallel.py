@@ -170,6 +170,11 @@ def all_stop(step, wanted):
     return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else wanted
 
 
+def gather(rows):
+    """The rows (N, ...) of all processes, one process after another; each gives as many."""
+    return multihost_utils.process_allgather(rows, tiled=True) if jax.process_count() > 1 else rows
+
+
 def all_devices():
     """Those of all processes, in the order of the rows of a batch: what a process feeds lies together."""
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -203,14 +208,16 @@ def map_train_step(step, devices=None):
 def plan_for_devices(config, devices=None):
     """The BatchPlan of a TrainConfig's batches on the devices. Raises InputError if they cannot share them."""
     count = len(devices or jax.devices())
-    most = rows_that_fit(config.image_size, devices[0].platform if devices else None)
+    most = rows_that_fit(config.train_preprocess.size, devices[0].platform if devices else None)
     return plan_batch(config.batch_size, config.bn_group_size, count, parts=config.accumulate, most=most)
 
 
-def rows_that_fit(image_size, platform=None):
-    """How many images of a size, in pixels, a device should train on at a time; by default one that JAX uses here."""
+def rows_that_fit(size, platform=None):
+    """How many images of a size, height and width in pixels, a device should train on at a time; by default one that
+    JAX uses here.
+    """
     rows = CPU_ROWS if (platform or jax.default_backend()) == "cpu" else ACCELERATOR_ROWS
-    return max(1, int(rows * (224 / image_size) ** 2))
+    return max(1, int(rows * (224 / size[0]) * (224 / size[1])))
 
 
 def feed(batches, plan, devices=None, *, ahead=2):

@@ -1,13 +1,16 @@
-"""Pictures of images as a network sees them."""
+"""Pictures of images as a network sees them, and of which classes it confuses."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from .files import printable, written_aside
 
 MOST_BARS = 8  # Beside an image.
+MOST_NAMED = 40  # Classes whose names and counts a picture of all of them can show.
 
 
 def plot_batch(batch, titles, target):
@@ -58,8 +61,38 @@ def plot_predictions(predictions, target):
         left.axis("off")
         left.set_title(printable(Path(row["image"]).name)[-28:], fontsize=8, loc="left", parse_math=False)
         _bars(right, row["topk"][:MOST_BARS])
+    _save(figure, target)
+
+
+def plot_confusion(matrix: np.ndarray, names: Sequence[str], target: Path) -> None:
+    """Draw a confusion matrix into a PNG file: colors by the share of the row, numbers where they can be read.
+
+    Args:
+      matrix: int (num_classes, num_classes), labels in rows.
+      names: of the classes.
+      target: the file.
+    """
+    count = len(names)
+    side = min(2.5 + 0.42 * count, 14)
+    figure = Figure(figsize=(side + 0.6, side), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(drawn, ax=axes, shrink=0.8, label="% of the class")
+    axes.set(xlabel="taken for", ylabel="class")
+    if count <= MOST_NAMED:
+        axes.set_xticks(range(count), [printable(name)[:20] for name in names], rotation=90, parse_math=False)
+        axes.set_yticks(range(count), [printable(name)[:20] for name in names], parse_math=False)
+        for place in zip(*np.nonzero(matrix), strict=True):
+            color = "white" if shares[place] > 60 else "black"
+            axes.text(place[1], place[0], str(matrix[place]), ha="center", va="center", fontsize=8, color=color)
+    _save(figure, target)
+
+
+def _save(figure: Figure, target: Path) -> None:
+    """Write a PNG file. Names may be in any script; boxes stand for letters that the font lacks."""
     with written_aside(target) as draft, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # Names may be in any script; boxes stand for those.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(draft, format="png")
 
 

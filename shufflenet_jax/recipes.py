@@ -1,6 +1,7 @@
 """The presets of `train.py --config`: published recipes, and small ones of our own."""
 
 from .config import TrainConfig
+from .published import CARD
 
 PRESETS = {
     # MMPretrain's shufflenet-v2-1x_16xb64_in1k, which made 69.55 / 88.92: 16 GPUs with 64 images each.
@@ -62,6 +63,28 @@ PRESETS = {
         nesterov=True,
         weight_decay=5e-4,
         decay="all",
+    ),
+    # Published weights to the classes of one's own images. What is 0 or None here, `training.rule` chooses.
+    "finetune": TrainConfig(
+        data="",
+        width=None,
+        init_from=CARD,
+        rule="images",
+        image_size=0,
+        min_area=0.3,
+        epochs=0,
+        batch_size=0,
+        bn_group_size=0,
+        eval_batch_size=128,
+        learning_rate=0.0,
+        schedule="cosine",
+        warmup="linear",
+        warmup_epochs=1,
+        optimizer="adamw",
+        backbone_lr=0.2,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        eval_every=2,
     ),
     # The 8x8 digits inside scikit-learn, enlarged: shows in minutes on a laptop that all parts work together.
     "digits": TrainConfig(

@@ -6,6 +6,7 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageEnhance
 
@@ -193,6 +194,47 @@ def test_trivial_augment_takes_every_operation_and_follows_the_flip():
     seen = {augmentation.trivial_augment(data, np.random.default_rng(seed)).tobytes() for seed in range(100)}
     assert len(seen) > 50  # Some have no strength, or none that shows.
     assert "flip" not in row(data, crop="center", image_size=64, flip=True, trivial_augment=True)
+
+
+TORCHVISION = np.load(ROOT / "tests/fixtures/randaugment/torchvision.npz")
+# Its names of the fourteen operations, in the order of ours.
+NAMES = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "theirs"), list(zip(augmentation.RAND, NAMES, strict=True)))
+def test_each_operation_of_rand_augment_is_torchvisions(ours, theirs):
+    cases = [name for name in TORCHVISION.files if name.partition(" ")[0] == theirs]
+    assert len(cases) == (6 if augmentation.RAND[ours].signed else 3)
+    for case in cases:
+        strength = int(case.split()[1]) / 30
+        found = np.asarray(augmentation.RAND[ours].change(Image.fromarray(TORCHVISION["picture"]), strength))
+        off = np.abs(found.astype(int) - TORCHVISION[case])
+        if "Shear" in theirs:  # They round to float32, which decides between neighbours, and what lies on the border.
+            assert (off > 0).mean() < 0.05 and (off > 1).mean() < 0.005
+        else:
+            assert not off.any(), case
+
+
+def test_rand_augment_draws_operations_and_signs_and_follows_the_flip():
+    data = picture(64, 64)
+    seen = {augmentation.rand_augment(data, np.random.default_rng(seed), 2, 15).tobytes() for seed in range(100)}
+    assert len(seen) > 80  # Of 14 x 14 pairs, most with two signs.
+    rng = np.random.default_rng(5)
+    first, second = (list(augmentation.RAND.values())[number] for number in rng.integers(14, size=2))
+    signs = [-1 if operation.signed and rng.random() < 0.5 else 1 for operation in (first, second)]
+    image = second.change(first.change(Image.fromarray(data), signs[0] / 3), signs[1] / 3)
+    assert_array_equal(augmentation.rand_augment(data, np.random.default_rng(5), 2, 10), image)
+    assert "flip" not in row(data, crop="center", image_size=64, flip=True, rand_augment=1)
+    assert_array_equal(row(data, crop="center", image_size=64)["images"], data)
+
+
+@pytest.mark.parametrize("transform", ["exact", "fast"])
+def test_random_crops_of_rectangles(transform):
+    cut = row(jpeg(picture(300, 400)), image_size=(96, 160), transform=transform)["images"]
+    assert cut.shape == (96, 160, 3)
 
 
 def test_random_shift_moves_by_at_most_its_reach_and_fills_with_zeros():

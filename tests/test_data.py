@@ -19,7 +19,7 @@ from shufflenet_jax.config import (
 )
 from shufflenet_jax.data import decoding, geometry, normalization, pipeline
 from shufflenet_jax.data.labels import imagenet_classes
-from shufflenet_jax.data.pipeline import eval_batches, shuffled, train_batches
+from shufflenet_jax.data.pipeline import Balanced, eval_batches, shuffled, train_batches
 from shufflenet_jax.data.sources import Example, Source, open_source
 from shufflenet_jax.errors import InputError
 
@@ -240,6 +240,43 @@ def test_evaluation_reads_every_example_once_in_order_and_masks_the_rest():
 def config(**changes):
     settings = {"image_size": 32, "preprocessing": "digits", "crop": "center", "flip": False, "batch_size": 10}
     return TrainConfig(data="digits", **{**settings, **changes})
+
+
+def test_balanced_sampling_takes_as_many_of_each_class_in_an_order_of_its_own():
+    labels = np.repeat([0, 1, 3], [50, 9, 31])
+    order = Balanced(Source(90, None, 4, None, labels.tolist), seed=3)
+    passes = [[order.find(place, epoch) for place in range(90)] for epoch in range(2)]
+    for taken in passes:
+        assert np.bincount(labels[taken]).tolist() == [30, 30, 0, 30]
+        times = np.bincount(taken, minlength=90)
+        assert times[:50].max() == 1 and times[50:59].min() == 3 and times[59:].max() == 1  # Equally often, or once.
+    assert passes[0] != passes[1] and passes[0] == [order.find(place, 0) for place in range(90)]
+    runs = np.flatnonzero(np.diff(labels[passes[0]]) == 0)
+    assert 15 < len(runs) < 45  # The classes alternate at random: a third of 89 on average.
+
+
+def test_a_training_reads_a_balanced_pass():
+    source = open_source("digits", "train")
+    taken = [
+        batch["labels"][batch.get("mask", np.ones(10)) > 0]
+        for batch in train_batches(source, config(sampling="balanced", batch_size=10), stop_step=144)
+    ]
+    counts = np.bincount(np.concatenate(taken))
+    assert counts.sum() == len(source) == 1438 and counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("backend", ["pillow", "cv2"])
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (96, 128), (1000, 130), (97, 97)])
+@pytest.mark.parametrize("size", [(96, 128), (128, 96), (160, 100)])
+def test_a_rectangle_is_cut_from_an_image_that_just_covers_a_larger_one_of_its_shape(shape, size, backend):
+    preprocess = dataclasses.replace(MMPRETRAIN_EVAL.with_side(size), backend=backend)
+    resized = geometry.resize_to_cover(picture(*shape), preprocess)
+    covered = [side * preprocess.resize / min(size) for side in size]
+    assert all(length >= side for length, side in zip(resized.shape, covered, strict=False))
+    assert min(length - side for length, side in zip(resized.shape, covered, strict=False)) < 1  # Just.
+    scales = [after / before for after, before in zip(resized.shape, shape, strict=False)]
+    assert max(scales) / min(scales) < 1 + 1 / min(shape) + 1 / min(resized.shape[:2])  # One scale, but for rounding.
+    assert geometry.prepare(picture(*shape), preprocess).shape == (*size, 3)
 
 
 def test_every_pass_over_the_training_data_takes_each_example_once_in_an_order_of_its_own():

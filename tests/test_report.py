@@ -13,6 +13,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 from scipy.special import log_softmax, softmax
+from sklearn.metrics import precision_recall_fscore_support
 
 from shufflenet_jax.commands import evaluate
 from shufflenet_jax.config import MEGVII_EVAL, TORCHVISION_EVAL_LARGE
@@ -216,7 +217,12 @@ def test_every_figure_on_the_page_is_that_of_the_kept_predictions(report):
     loss, low, high = wanted.loss
     assert cards["loss"] == [f"{loss:.4f}", f"mean over the images, in nats; 95 % interval {low:.4f} to {high:.4f}"]
     assert cards["ece"][0] == f"{wanted.calibration_error:.2f} %" and "over 15 bins" in cards["ece"][1]
-    assert len(cards) == 4
+    means = precision_recall_fscore_support(rows.label, rows.logits.argmax(1), average="macro", zero_division=0)
+    balanced = np.mean([100 * right / images for _, images, right, _ in wanted.classes])
+    precision, _, f1 = (100 * value for value in means[:3])
+    told = f"mean of the classes' recall; macro precision {precision:.2f} %, F1 {f1:.2f} %"
+    assert cards["balanced"] == [f"{balanced:.2f} %", told]
+    assert len(cards) == 5
 
     bars = re.findall(r'<rect x="(.*?)" width="(.*?)" y="(.*?)" height="(.*?)".*?><title>(.*?)</title></rect>', text)
     lines = cells_of(text, "bins")
@@ -231,7 +237,10 @@ def test_every_figure_on_the_page_is_that_of_the_kept_predictions(report):
 
     for line, (label, images, right, often) in zip(cells_of(text, "classes"), wanted.classes, strict=True):
         assert line[:4] == [named(label), str(images), str(right), f"{100 * right / images:.1f} %"]
-        assert line[4] in {"" if found is None else named(found) for found in often}
+        assert line[6] in {"" if found is None else named(found) for found in often}
+        taken = rows.logits.argmax(1) == label
+        precision, f1 = 100 * right / max(taken.sum(), 1), 200 * right / (taken.sum() + images)
+        assert line[4:6] == [f"{precision:.1f} %", f"{f1:.1f} %"]
     assert f"<summary>{len(wanted.classes)} classes, the worst first</summary>" in text
     assert cells_of(text, "confused") == [[named(a), named(b), str(count)] for a, b, count in wanted.confused]
     assert (f"<caption>20 of {wanted.pairs} pairs.</caption>" in text) == (wanted.pairs > 20)
@@ -340,7 +349,8 @@ def test_the_page_fits_and_is_readable_in_a_browser_by_eye_and_by_keyboard(repor
     assert found["width"] == width and found["scroll"] <= width and not found["wide"], found
     assert found["texts"] > 40 and not found["faint"], found
     assert found["lines"]["bars"] and not found["lines"]["faint"] and found["lines"]["margin"] >= 2, found
-    assert found["stops"] == 5 and not found["unseen"], found  # Three tables scroll, two parts unfold.
+    # Three tables scroll, and the confusion matrix of few classes; two parts unfold.
+    assert found["stops"] == 5 + ('id="confusion"' in report.text) and not found["unseen"], found
     assert (found["ground"] == "rgb(255, 255, 255)") != dark
 
 

@@ -24,7 +24,7 @@ from shufflenet_jax.loading import load_model
 from shufflenet_jax.model import ShuffleNetV2, describe, variable_shapes
 from shufflenet_jax.porting import dialects, reference
 from shufflenet_jax.recipes import PRESETS
-from shufflenet_jax.training.finetuning import initial_variables
+from shufflenet_jax.training.beginning import initial_variables
 from shufflenet_jax.training.loop import describe_model
 
 OWN = Table((24, 48, 96, 192, 192), (4, 8, 4))

@@ -28,7 +28,7 @@ from shufflenet_jax.inference import get_model
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.recipes import PRESETS
 from shufflenet_jax.training import loop, profiling
-from shufflenet_jax.training.finetuning import initial_variables
+from shufflenet_jax.training.beginning import initial_variables
 from shufflenet_jax.training.supervision import load_predictions
 
 DIGITS = ("--config", "digits", "--image-size", 16)
@@ -58,12 +58,12 @@ def read_rows(workdir):
 def test_training_leaves_its_settings_its_metrics_and_a_picture(trained):
     assert {path.name for path in trained.iterdir()} == {
         "checkpoints", "config.json", "curves.png", "events", "finished", "lock", "metrics.jsonl", "model.json",
+        "summary.json",
     }  # fmt: skip
     rows = read_rows(trained)
-    assert all(
-        set(row) == {"step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second", "grad_norm"}
-        for row in rows
-    )
+    names = {"step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second", "grad_norm"}
+    of_classes = {"precision", "recall", "f1", "balanced_accuracy"}
+    assert all(set(row) == names | (of_classes if row["split"] != "train" else set()) for row in rows)
     assert [(row["step"], row["split"]) for row in rows] == [
         (10, "train"), (20, "train"), (23, "train"), (23, "eval"), (23, "eval_ema"),
         (30, "train"), (40, "train"), (46, "train"), (46, "eval"), (46, "eval_ema"),

@@ -198,11 +198,23 @@ class Step:
             getattr(network, name).eval().requires_grad_(False)
         norms = {p for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
         decays = {"no_norm": lambda p: p not in norms, "matrices": lambda p: p.ndim > 1, "all": lambda p: True}
+        head = {p for key, p in network.named_parameters() if key.startswith(("fc.", "classifier."))}
         groups = [
-            {"params": [p for p in network.parameters() if decays[self.config.decay](p) == on], "weight_decay": factor}
+            {
+                "params": [
+                    p for p in network.parameters() if decays[self.config.decay](p) == on and (p in head) == last
+                ],
+                "weight_decay": factor,
+                "share": 1 if last else self.config.backbone_lr,
+            }
             for on, factor in ((True, self.config.weight_decay), (False, 0.0))
+            for last in (True, False)
         ]
-        optimizer = torch.optim.SGD(groups, lr=0.5, momentum=self.config.momentum, nesterov=self.config.nesterov)
+        if self.config.optimizer == "adamw":
+            betas = (self.config.momentum, self.config.beta2)
+            optimizer = torch.optim.AdamW(groups, lr=0.5, betas=betas)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=0.5, momentum=self.config.momentum, nesterov=self.config.nesterov)
         statistics = [buffer for key, buffer in network.named_buffers() if "running" in key]
         average = torch.optim.swa_utils.AveragedModel(
             network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema_decay), use_buffers=True
@@ -210,7 +222,8 @@ class Step:
         for t, (images, labels) in enumerate(zip(self.images, self.labels, strict=True)):
             inputs = np.asarray(normalization.normalize(images, MMPRETRAIN_EVAL, dtype)).transpose(0, 3, 1, 2)
             for group in optimizer.param_groups:
-                group["lr"] = 0.5 * (TOTAL - t) / TOTAL * (0.1 if t < self.config.warmup_steps else 1)
+                rate = self.config.learning_rate * (TOTAL - t) / TOTAL * (0.1 if t < self.config.warmup_steps else 1)
+                group["lr"] = rate * group["share"]
             optimizer.zero_grad()
             before, after, total = [buffer.clone() for buffer in statistics], [], 0.0
             # Each group is what a GPU of its own would see: its gradient is one of those that DDP averages.
@@ -231,8 +244,9 @@ class Step:
             average.update_parameters(network)
             if t < self.config.warmup_steps:
                 average.n_averaged.fill_(0)  # As torchvision's script does: the next update copies too.
+        kept = "exp_avg" if self.config.optimizer == "adamw" else "momentum_buffer"
         momentum = {
-            key: optimizer.state[p]["momentum_buffer"].numpy() if p.requires_grad else np.zeros(p.shape)
+            key: optimizer.state[p][kept].numpy() if p.requires_grad else np.zeros(p.shape)
             for key, p in network.named_parameters()
         }
         kept = {"": network, "averaged": average.module} if self.config.ema_decay else {"": network}
@@ -298,11 +312,13 @@ def kind(key, array):
 
 
 def momentum_of(state):
-    return next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_trace) if is_trace(s)).trace
+    """SGD's momentum, or AdamW's mean of the gradients."""
+    kept = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_trace) if is_trace(s))
+    return kept.trace if hasattr(kept, "trace") else kept.mu
 
 
 def is_trace(node):
-    return hasattr(node, "trace")
+    return hasattr(node, "trace") or hasattr(node, "mu")
 
 
 def run_steps(module, config, epoch, variables, batches, devices, supervision=None):
@@ -362,6 +378,10 @@ SETTINGS = {
     "stored logits, mixed and smoothed, class weights, clipping, matrices decay": {
         "teacher": "stored.npz", "mixup": 1.0, "label_smoothing": 0.1, "class_weights": "weights.txt",
         "clip_norm": 0.5, "decay": "matrices",
+    },
+    "a slower backbone, nesterov": {"backbone_lr": 0.25, "nesterov": True},
+    "AdamW with a slower backbone, clipping": {
+        "optimizer": "adamw", "backbone_lr": 0.25, "beta2": 0.95, "learning_rate": 0.01, "clip_norm": 0.5,
     },
 }  # fmt: skip
 

@@ -8,21 +8,31 @@ import sys
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import parallel, progress
-from ..config import LOWERINGS, MEGVII_EVAL, MMPRETRAIN_EVAL, TORCHVISION_EVAL, TORCHVISION_EVAL_LARGE, VAL_SHARE
+from ..config import (
+    LOWERINGS,
+    MEGVII_EVAL,
+    MMPRETRAIN_EVAL,
+    TORCHVISION_EVAL,
+    TORCHVISION_EVAL_LARGE,
+    VAL_SHARE,
+    ModelInfo,
+)
 from ..data.inventory import report_notes
 from ..data.labels import class_name
 from ..data.pipeline import eval_batches
 from ..data.sources import open_source, split_version
 from ..errors import InputError
+from ..evaluation.classes import ClassScores, class_rows, confusion_matrix
 from ..evaluation.counting import eval_step, evaluate
 from ..evaluation.predictions import Predictions, read_predictions, write_predictions
-from ..files import path_of, written_aside
+from ..files import path_of, printable, written_aside
 from ..inference import Model
 from ..loading import load_model
 from ..published import CARD, PUBLISHED
@@ -55,7 +65,8 @@ def evaluate_checkpoint(options, argv):
     """Evaluates what the options ask for; returns the exit status. All processes of a run do this together."""
     if keeps_logits(options) and jax.process_count() > 1:
         raise InputError(
-            "--predictions, --compare, --preprocess and --report need all logits in one process; start one alone"
+            "--predictions, --compare, --preprocess, --report, --per-class and --confusion need all logits in one "
+            "process; start one alone"
         )
     model, network = load(options.checkpoint, options, ema=options.ema)
     info = model.info
@@ -77,8 +88,9 @@ def evaluate_checkpoint(options, argv):
     evaluate_on = partial(evaluated, source=source, total=total, options=options, among=among)
     with ExitStack() as files:
         # Opened first: what cannot be written or read should not cost an evaluation.
-        predictions, report = (
-            target and files.enter_context(written_aside(target)) for target in (options.predictions, options.report)
+        predictions, report, confusion = (
+            target and files.enter_context(written_aside(target))
+            for target in (options.predictions, options.report, options.confusion)
         )
         other = options.compare and opened(options.compare, options, info)
         figures, rows = evaluate_on(*network, info.preprocess)
@@ -92,6 +104,10 @@ def evaluate_checkpoint(options, argv):
             command = f"{'python ' if typed.endswith('.py') else ''}{typed} {shlex.join(argv)}"
             page = make_report(rows, model, source, title=title, command=command)
             report.write_text(page, encoding="utf-8", errors="backslashreplace")
+        if confusion:
+            draw_confusion(rows, info, confusion)
+    if options.per_class:
+        figures |= class_by_class(rows, info)
     if options.preprocess:
         figures["preprocess"] = under_each_preprocessing(network, info, source, figures, rows, evaluate_on)
     if other:
@@ -114,7 +130,8 @@ def share_held_out(options, info):
 
 
 def keeps_logits(options):
-    return bool(options.predictions or options.compare or options.preprocess or options.report)
+    files = options.predictions or options.report or options.confusion
+    return bool(files or options.compare or options.preprocess or options.per_class)
 
 
 def title_of(options):
@@ -156,6 +173,32 @@ def evaluated(module, variables, preprocess, *, source, total, options, among):
         figures, rows = evaluate(step, parallel.replicate(variables), fed, keep_logits=keeps_logits(options))
     figures = {key: round(value, 6 if key == "loss" else 2) for key, value in figures.items()}
     return figures if among is None else {**figures, "classes": int(among.sum())}, rows
+
+
+def class_by_class(rows: Predictions, info: ModelInfo) -> dict[str, Any]:
+    """Print how each class fares, and return the figures: means over the classes, each class, the confusion matrix."""
+    labels, predicted = rows.first_classes()
+    scores = ClassScores(labels, predicted, info.num_classes)
+    found = []
+    print(f"{'class':28}{'images':>8}{'precision':>11}{'recall':>9}{'F1':>9}")
+    for row in class_rows(labels, predicted, info.num_classes):
+        percent = {name: round(getattr(row, name), 2) for name in ("precision", "recall", "f1")}
+        name = class_name(info.classes, row.label)
+        print(f"{printable(name)[:27]:28}{row.images:8,}", *(f"{value:8.2f}" for value in percent.values()))
+        found.append({"label": row.label, "class": name, "images": row.images, "right": row.right, **percent})
+    return {
+        **{name: round(value, 2) for name, value in scores.means.items()},
+        "per_class": sorted(found, key=lambda row: row["label"]),
+        "confusion": confusion_matrix(labels, predicted, info.num_classes).tolist(),
+    }
+
+
+def draw_confusion(rows: Predictions, info: ModelInfo, target: Path) -> None:
+    """Draw the confusion matrix into a PNG file."""
+    from ..plots import plot_confusion
+
+    names = [class_name(info.classes, label) for label in range(info.num_classes)]
+    plot_confusion(confusion_matrix(*rows.first_classes(), info.num_classes), names, target)
 
 
 def under_each_preprocessing(network, info, source, figures, rows, evaluate_on):
@@ -256,6 +299,10 @@ def parse(argv):
     parser.add_argument("--predictions", metavar="FILE.npz", help="keep name, label and logits of each image there")
     told = "write a page of what is right and wrong there: classes, confusions, calibration, the surest mistakes"
     parser.add_argument("--report", metavar="FILE.html", type=Path, help=told)
+    told = "also give precision, recall and F1 of each class, their means, and the confusion matrix"
+    parser.add_argument("--per-class", action="store_true", help=told)
+    told = "draw the confusion matrix there"
+    parser.add_argument("--confusion", metavar="FILE.png", type=Path, help=told)
     told = "also tell how the predictions differ from those of another checkpoint, or of a --predictions file"
     parser.add_argument("--compare", metavar="OTHER", help=told)
     told = "also evaluate the same weights on images prepared in every published way, and tell which images flip"

@@ -17,7 +17,7 @@ from ..data.pipeline import eval_batches
 from ..data.sources import open_source
 from ..errors import InputError
 from ..exports import speed
-from ..exports.agreement import TOLERANCE, in_the_middle, measure_agreement, photographs
+from ..exports.agreement import TOLERANCE, measure_agreement, photographs
 from ..exports.browser import BrowserError
 from ..exports.formats import FORMATS, normalized, run_ours
 from ..exports.network import Signature
@@ -79,11 +79,13 @@ def main(argv):
 
 
 def at_resolution(model, resolution):
-    """The Model for images of another (height, width): as large a square is prepared, whose middle they are."""
+    """The Model for images of another (height, width), prepared as a training at that size prepares them."""
     if resolution:
-        preprocess = model.info.preprocess.with_side(max(resolution))
+        preprocess = model.info.preprocess.with_side(resolution)
         model.info = dataclasses.replace(model.info, preprocess=preprocess, metrics=None)
-        logger.info("images are prepared with a short side of %d pixels, then cut in the middle", preprocess.resize)
+        logger.info(
+            "images are prepared for %d x %d pixels, the short side first %d", *preprocess.size, preprocess.resize
+        )
     return model
 
 
@@ -126,7 +128,7 @@ def quantized(options, model, source):
         def batches():
             for batch in counted(eval_batches(images, model.info.preprocess, batch_size=BATCH), bar):
                 real = batch["mask"] > 0
-                yield normalized(model, in_the_middle(batch["images"][real], options.resolution))
+                yield normalized(model, batch["images"][real])
 
         return Quantization(calibrate(watched.watch, batches, watched.groups), 2 ** (bits - 1) - 1)
 
@@ -162,7 +164,6 @@ def checked(options, model, data, written, *, exact):
     with progress.bar(total=total, unit="image", description="comparing") as bar:
         shown = (
             {name: values for name, values in batch.items() if with_accuracy or name != "labels"}
-            | {"images": in_the_middle(batch["images"], signature.size)}
             for batch in counted(batches, bar)
         )
         agreement = measure_agreement(partial(run_ours, model, signature), written, shown)
@@ -190,9 +191,8 @@ def counted(batches, bar):
 def report_speed(signature, model, files):
     """Prints how long each of {name: Written} takes."""
     preprocess = model.info.preprocess
-    height, width = signature.size or (preprocess.crop, preprocess.crop)
     for batch in [signature.batch] if signature.batch else TIMED:
-        shape = batch, height, width, preprocess.channels
+        shape = batch, *(signature.size or preprocess.size), preprocess.channels
         pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         times = speed.milliseconds({name: partial(file.run, file.takes(pixels)) for name, file in files.items()})
         print(f"batch {batch}: " + ", ".join(f"{name} {time:.2f} ms" for name, time in times.items()))

@@ -57,7 +57,7 @@ def main(argv):
             names = ", ".join("--" + name.replace("_", "-") for name in given)
             raise InputError(f"{options.checkpoint} has settings of its own; leave out {names} or --checkpoint")
         module, _, info = load_model(options.checkpoint)
-        resolution = resolution or (info.preprocess.crop, info.preprocess.crop)
+        resolution = resolution or info.preprocess.size
     else:
         module = ShuffleNetV2(**{**DEFAULTS, **given})
     height, width = resolution or (SIDE, SIDE)

@@ -35,7 +35,7 @@ def main(argv):
 def row_of(item):
     name, published = item
     info = published_info(name)
-    summed = total(count(module_of(info), info.preprocess.crop, info.preprocess.crop))
+    summed = total(count(module_of(info), *info.preprocess.size))
     costs = {key: summed[key] for key in ("parameters", "multiply_adds")}
     kept = {key: getattr(published, key) for key in ("width", "layout", "top1", "top5", "source", "licence", "file")}
     url = f"{published.place}{published.file}" if published.place else None

@@ -1,12 +1,15 @@
 """`predict`: what a model sees in images, as a table, JSON or a picture; or the features it computes of them."""
 
+import argparse
+import csv
 import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +29,7 @@ from .parsing import CommandLine, positive_integer, program_of
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 BATCH = 16
 MOST_DRAWN = 24
+LISTINGS = (".csv", ".jsonl")
 SILENT_SECONDS = 30
 
 
@@ -34,9 +38,13 @@ def main(argv):
     names = list(expanded(options.images))
     if not names:
         raise InputError("there are no names of images on stdin; write one a line")
-    failed, drawn, kept = 0, [], {"name": [], "features": []}
-    target = options.features or options.save_picture
-    with written_aside(target) if target else nullcontext() as draft:
+    failed, drawn, kept, rows = 0, [], {"name": [], "features": []}, []
+    with ExitStack() as files:
+        # Opened first: what cannot be written should not cost the predictions.
+        features, picture, listing = (
+            target and files.enter_context(written_aside(target))
+            for target in (options.features, options.save_picture, options.out)
+        )
         model = get_model(options.checkpoint, pretrained=True)
         require_layers(model, options)
         layer = options.layer if options.features else "conv5" if options.cam else None
@@ -54,19 +62,42 @@ def main(argv):
                 continue
             row = prediction_of(model, name, logits, options.topk)
             print(json.dumps(row) if options.json else as_text(row))
+            if listing:
+                rows.append(row)
             if options.save_picture and len(drawn) < MOST_DRAWN:
                 cam = model.class_activation_map(feature, row["pred_label"]) if options.cam else None
                 drawn.append((crop, row, cam))
-        if target and failed == len(names):
-            raise InputError(f"nothing is left to write to {target}: no image could be read")
-        if options.features:
-            with open(draft, "wb") as file:
+        if (targets := targets_of(options)) and failed == len(names):
+            raise InputError(f"nothing is left to write to {targets[0]}: no image could be read")
+        if listing:
+            write_rows(rows, listing)
+        if features:
+            with open(features, "wb") as file:
                 np.savez(file, **{key: np.stack(values) for key, values in kept.items()})
         elif drawn:
             from ..plots import plot_predictions
 
-            plot_predictions(drawn, draft)
+            plot_predictions(drawn, picture)
     return 2 if failed else 0
+
+
+def targets_of(options: argparse.Namespace) -> list[Path]:
+    """Return the files that the options ask for."""
+    return [target for target in (options.features, options.save_picture, options.out) if target]
+
+
+def write_rows(rows: list[dict[str, Any]], target: Path) -> None:
+    """Write what `prediction_of` returned for each image: as CSV, or as a JSON object a line, by the file's ending."""
+    with open(target, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        if target.suffix == ".csv":
+            numbers = range(1, max((len(row["topk"]) for row in rows), default=0) + 1)
+            fields = [(number, name) for number in numbers for name in ("label", "class", "score")]
+            table = csv.writer(file)
+            table.writerow(["image", *(f"{name}_{number}" for number, name in fields)])
+            for row in rows:
+                table.writerow([row["image"], *(row["topk"][number - 1][name] for number, name in fields)])
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def require_layers(model, options):
@@ -88,6 +119,8 @@ def parse(argv):
     parser.add_argument("--checkpoint", default=CARD, help=told)
     parser.add_argument("--topk", type=positive_integer, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
+    told = "also write the classes of all images there, as CSV or as JSON lines"
+    parser.add_argument("--out", metavar="FILE.csv|FILE.jsonl", type=Path, help=told)
     told = f"draw the images with their classes there, the first {MOST_DRAWN} of them"
     parser.add_argument("--save-picture", metavar="OUT.png", type=Path, help=told)
     told = "overlay where the network sees the first class (its class-activation map) in the picture"
@@ -99,6 +132,10 @@ def parse(argv):
     options = parser.parse_args(argv)
     if options.cam and not options.save_picture:
         raise InputError("--cam draws into a picture; add --save-picture OUT.png")
+    if options.out and options.out.suffix not in LISTINGS:
+        raise InputError(f"--out is {options.out}, whose ending says no format; use {' or '.join(LISTINGS)}")
+    if options.out and options.features:
+        raise InputError("--features predicts nothing that --out could list; leave one of them out")
     if options.save_picture and options.features:
         raise InputError("--features predicts nothing that --save-picture could draw; leave one of them out")
     return options

@@ -57,15 +57,15 @@ def without_places(source):
 
 def card(name, digest, info, options):
     """The model card, in Markdown."""
-    side = info.preprocess.crop
-    summed = total(count(module_of(info), side, side))
+    height, width = info.preprocess.size
+    summed = total(count(module_of(info), height, width))
     stem = ", small stem" if info.small_stem else ""
     facts = {
         "network": f"ShuffleNetV2 {name_of(info.table, conv5=info.conv5)}, {info.layout} layout{stem}",
         "classes": info.num_classes or "none: features alone",
         "parameters": f"{summed['parameters']:,}",
-        f"multiply-adds at {side} x {side}": f"{summed['multiply_adds'] / 1e6:.1f} M",
-        "input": f"short side {info.preprocess.resize}, central {side} x {side}, {info.preprocess.channel_order}",
+        f"multiply-adds at {height} x {width}": f"{summed['multiply_adds'] / 1e6:.1f} M",
+        "input": f"short side {info.preprocess.resize}, central {height} x {width}, {info.preprocess.channel_order}",
         "top-1": f"{options.top1} %" if options.top1 is not None else None,
         "top-5": f"{options.top5} %" if options.top5 is not None else None,
         "measured on": options.data,

@@ -1,5 +1,6 @@
 """`train.py`: train a preset, with any of its settings overridden; the same command again resumes."""
 
+import shlex
 import signal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import simple_parsing
 
 from .. import parallel
 from ..batch_groups import Epoch
+from ..checkpoint import read_info
 from ..config import TrainConfig
 from ..environment import compiling_for_elsewhere
 from ..errors import InputError
@@ -17,8 +19,10 @@ from ..recipes import PRESETS
 from ..slices import find_slice
 from ..training.ahead import TooLargeError, compile_ahead, open_training_data
 from ..training.curves import plot_schedule
-from ..training.loop import describe_run, train
+from ..training.loop import TrainResult, describe_run, train
+from ..training.rule import settle
 from ..training.schedule import count_steps, count_warmup, make_schedule, peak_rate
+from ..training.summary import describe_summary
 from .console import libraries_silent, speak_as
 from .parsing import CommandLine, add_process_options, numbers, program_of, require_width_or_channels
 
@@ -35,8 +39,28 @@ def main(argv):
     with parallel.joined(options.coordinator_address, options.num_processes, options.process_id, on_joined=speak_as):
         workdir = options.workdir or f"runs/{options.config}"
         result = train(config, workdir, changed_data=options.changed_data, profile=options.profile)
+    if result.summary and options.config == "finetune" and parallel.is_first():
+        print(
+            *describe_summary(result.summary, read_info(result.workdir).classes),
+            *next_commands(config, result),
+            sep="\n",
+        )
     # 0 for SIGTERM, so that a scheduler starts the run again; a shell's own status for Ctrl-C.
     return 128 + signal.SIGINT if result.signal == signal.SIGINT and not result.finished else 0
+
+
+def next_commands(config: TrainConfig, result: TrainResult) -> list[str]:
+    """Return the commands that evaluate, predict and export what a run has learned."""
+    place = shlex.quote(str(result.workdir))
+    data = {"data": config.data, "data-dir": config.data_dir, "split": config.eval_split}
+    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in data.items() if value)
+    images = shlex.quote(config.data) if Path(config.data).is_dir() else "IMAGE.jpg"
+    return [
+        "evaluate, predict and export:",
+        f"  python -m shufflenet_jax eval --checkpoint {place}{given} --per-class --report {place}/report.html",
+        f"  python -m shufflenet_jax predict {images} --checkpoint {place} --out predictions.csv",
+        f"  python -m shufflenet_jax export {place} --format onnx --out model.onnx",
+    ]
 
 
 def parse(argv):
@@ -108,7 +132,9 @@ class HelpFormatter(simple_parsing.SimpleHelpFormatter):
 
 def print_schedule(config, picture):
     """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
-    epoch = Epoch(len(open_training_data(config)), parallel.plan_for_devices(config))
+    source = open_training_data(config)
+    config, _ = settle(config, source, {})
+    epoch = Epoch(len(source), parallel.plan_for_devices(config))
     total, warmup = count_steps(config, epoch), count_warmup(config, epoch)
     schedule = jax.jit(jax.vmap(make_schedule(config, epoch)))
     edges = {warmup - 1, warmup} if warmup else set()
@@ -138,7 +164,7 @@ def compile_for(config, name, folder):
         except TooLargeError as error:
             print(f"does not fit on {name}: {error}")
             return 1
-    print(describe_run(config, step.epoch))
+    print(describe_run(step.config, step.epoch))
     print(f"compiled for {name} in {step.seconds:.0f} s")
     parts = ", ".join(f"{part} {size / 1e6:,.1f} MB" for part, size in step.memory._asdict().items())
     needed, there = sum(step.memory), target.memory

@@ -12,6 +12,7 @@ from ..data.pipeline import train_batches
 from ..data.sources import open_source
 from ..data.survey import survey
 from ..recipes import PRESETS
+from ..training.rule import settle
 from .console import libraries_silent
 from .parsing import CommandLine, add_val_share, positive_integer, program_of
 
@@ -81,6 +82,7 @@ def summary(found, source):
 def preview(source, options):
     """Draws the first training batch of the data under a preset's augmentation."""
     config = dataclasses.replace(PRESETS.get(options.config, TrainConfig(data=options.data)), batch_size=32)
+    config = settle(dataclasses.replace(config, init_from=None, width=config.width or 1.0), source, {})[0]
     if options.image_size:
         config = dataclasses.replace(config, image_size=options.image_size)
     batch = next(iter(train_batches(source, config, stop_step=1)))

@@ -5,7 +5,7 @@ RandomResizedCrop follows MMPretrain, the other transforms follow torchvision's 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,9 +18,20 @@ from .jpeg import Box
 from .sources import Example
 
 Pixels = UInt8[np.ndarray, "height width channels"]
-Crop = UInt8[np.ndarray, "side side channels"]
 
 MAGNITUDES = 31  # Number of strengths from which TrivialAugmentWide draws.
+
+
+class Operation(NamedTuple):
+    """An operation of TrivialAugmentWide or RandAugment.
+
+    Attributes:
+      signed: whether it has two directions.
+      change: function of an image and a strength from 0, or with two directions from -1, to 1.
+    """
+
+    signed: bool
+    change: Callable[[Image.Image, float], Image.Image]
 
 
 def training_row(
@@ -35,8 +46,8 @@ def training_row(
       rng: draws all random numbers.
 
     Returns:
-      {"images": uint8 (side, side, C)} and, if the configuration asks for them, two augmentations that the device will
-      apply: "flip", whether to mirror the image, and "erase", int32 (4,), the rectangle to blank.
+      {"images": uint8 (H, W, C)} and, if the configuration asks for them, two augmentations that the device will apply:
+      "flip", whether to mirror the image, and "erase", int32 (4,), the rectangle to blank.
 
     Raises:
       InputError: the image is damaged.
@@ -53,9 +64,13 @@ def training_row(
         pixels = color_jitter(pixels, rng, config.color_jitter)
     if config.flip:
         row["flip"] = rng.random() < 0.5
-    if config.trivial_augment:
+    if config.trivial_augment or config.rand_augment:
         # These operations follow the flip, since some of them treat left and right differently.
-        pixels = trivial_augment(pixels[:, ::-1] if row.pop("flip", False) else pixels, rng)
+        pixels = pixels[:, ::-1] if row.pop("flip", False) else pixels
+    if config.trivial_augment:
+        pixels = trivial_augment(pixels, rng)
+    if config.rand_augment:
+        pixels = rand_augment(pixels, rng, config.rand_augment, config.rand_magnitude)
     if config.random_erasing:
         erased = rng.random() < config.random_erasing
         row["erase"] = erased_rectangle(pixels.shape, rng) if erased else np.zeros(4, np.int32)
@@ -86,12 +101,12 @@ def random_crop_box(height: int, width: int, rng: np.random.Generator, min_area:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def exact_random_crop(example: Example, preprocess: Preprocess, min_area: float, rng: np.random.Generator) -> Crop:
+def exact_random_crop(example: Example, preprocess: Preprocess, min_area: float, rng: np.random.Generator) -> Pixels:
     """Crop and resize a random part of an image. The pixels equal those of MMPretrain with Pillow.
 
     Args:
       example: the image.
-      preprocess: how to decode it, and the side of the result.
+      preprocess: how to decode it, and the size of the result.
       min_area: smallest area, as a share of the image's.
       rng: draws the random numbers.
 
@@ -100,10 +115,10 @@ def exact_random_crop(example: Example, preprocess: Preprocess, min_area: float,
     """
     pixels = decoding.pixels_of(example.image, preprocess, example.name)
     top, left, height, width = random_crop_box(pixels.shape[0], pixels.shape[1], rng, min_area)
-    return geometry.resize_pillow(pixels[top : top + height, left : left + width], (preprocess.crop,) * 2)
+    return geometry.resize_pillow(pixels[top : top + height, left : left + width], preprocess.size[::-1])
 
 
-def fast_random_crop(example: Example, preprocess: Preprocess, min_area: float, rng: np.random.Generator) -> Crop:
+def fast_random_crop(example: Example, preprocess: Preprocess, min_area: float, rng: np.random.Generator) -> Pixels:
     """Crop and resize the same part as `exact_random_crop`, of a JPEG by faster methods.
 
     These are libjpeg-turbo's fast methods, at half the resolution if that suffices, and OpenCV's scaling. The pixels
@@ -112,25 +127,25 @@ def fast_random_crop(example: Example, preprocess: Preprocess, min_area: float, 
 
     Args:
       example: the image.
-      preprocess: how to decode it, and the side of the result.
+      preprocess: how to decode it, and the size of the result.
       min_area: smallest area, as a share of the image's.
       rng: draws the random numbers.
 
     Raises:
       InputError: the image is damaged.
     """
-    side, part = preprocess.crop, None
+    (tall, wide), part = preprocess.size, None
 
     def choose(height: int, width: int) -> decoding.Choice:
         box = random_crop_box(height, width, rng, min_area)
-        return min(box[2:]) >= 2 * side, box
+        return box[2] >= 2 * tall and box[3] >= 2 * wide, box
 
     if isinstance(example.image, bytes):
         part = decoding.decode_part(example.image, preprocess.decoder, choose, example.name)
     if part is None:
         return exact_random_crop(example, preprocess, min_area, rng)
     part = decoding.to_channels(part, preprocess.channels)
-    return cv2.resize(part, (side, side), interpolation=cv2.INTER_LINEAR).reshape(side, side, -1)
+    return cv2.resize(part, (wide, tall), interpolation=cv2.INTER_LINEAR).reshape(tall, wide, -1)
 
 
 def random_shift(pixels: Pixels, rng: np.random.Generator, reach: int) -> Pixels:
@@ -173,28 +188,46 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def _posterize(image: Image.Image, strength: float) -> Image.Image:
-    return ImageOps.posterize(image, 8 - round(6 * strength))
+def _operations(
+    *, shear: float, translate: Callable[[int], float], rotate: float, enhance: float, bits: int
+) -> dict[str, Operation]:
+    """Return the fourteen operations by their names.
+
+    Args:
+      shear: tangent of the angle at full strength.
+      translate: function from the length of a side to the shift along it at full strength, both in pixels.
+      rotate: angle at full strength, in degrees.
+      enhance: largest change of brightness, color, contrast and sharpness, whose factors are 1 without a change.
+      bits: bits that posterizing removes at full strength.
+    """
+
+    def enhanced(kind: Callable[[Image.Image], Any]) -> Operation:  # Pillow's enhancers share no public type.
+        return Operation(True, lambda image, s: kind(image).enhance(1 + enhance * s))
+
+    def shifted(image: Image.Image, right: float, down: float) -> Image.Image:
+        return _affine(image, 1, 0, -int(translate(image.width) * right), 0, 1, -int(translate(image.height) * down))
+
+    return {
+        "identity": Operation(False, lambda image, _: image),
+        "shear x": Operation(True, lambda image, s: _affine(image, 1, shear * s, 0, 0, 1, 0)),
+        "shear y": Operation(True, lambda image, s: _affine(image, 1, 0, 0, shear * s, 1, 0)),
+        "translate x": Operation(True, lambda image, s: shifted(image, s, 0)),
+        "translate y": Operation(True, lambda image, s: shifted(image, 0, s)),
+        "rotate": Operation(True, lambda image, s: image.rotate(rotate * s, Image.Resampling.BILINEAR)),
+        "brightness": enhanced(ImageEnhance.Brightness),
+        "color": enhanced(ImageEnhance.Color),
+        "contrast": enhanced(ImageEnhance.Contrast),
+        "sharpness": enhanced(ImageEnhance.Sharpness),
+        "posterize": Operation(False, lambda image, s: ImageOps.posterize(image, 8 - round(bits * s))),
+        # Pillow compares the threshold with the pixels, so it may be a float.
+        "solarize": Operation(False, lambda image, s: ImageOps.solarize(image, 255 * (1 - s))),  # type: ignore[arg-type]
+        "autocontrast": Operation(False, lambda image, _: ImageOps.autocontrast(image)),
+        "equalize": Operation(False, lambda image, _: ImageOps.equalize(image)),
+    }
 
 
-# {name: (whether its strength has a sign, function of an image and a strength from 0, or with a sign from -1, to 1)}
-TRIVIAL: dict[str, tuple[bool, Callable[[Image.Image, float], Image.Image]]] = {
-    "identity": (False, lambda image, _: image),
-    "shear x": (True, lambda image, s: _affine(image, 1, 0.99 * s, 0, 0, 1, 0)),
-    "shear y": (True, lambda image, s: _affine(image, 1, 0, 0, 0.99 * s, 1, 0)),
-    "translate x": (True, lambda image, s: _affine(image, 1, 0, -int(32 * s), 0, 1, 0)),
-    "translate y": (True, lambda image, s: _affine(image, 1, 0, 0, 0, 1, -int(32 * s))),
-    "rotate": (True, lambda image, s: image.rotate(135 * s, Image.Resampling.BILINEAR)),
-    "brightness": (True, lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.99 * s)),
-    "color": (True, lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.99 * s)),
-    "contrast": (True, lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.99 * s)),
-    "sharpness": (True, lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.99 * s)),
-    "posterize": (False, _posterize),
-    # Pillow compares the threshold with the pixels, so it may be a float.
-    "solarize": (False, lambda image, s: ImageOps.solarize(image, 255 * (1 - s))),  # type: ignore[arg-type]
-    "autocontrast": (False, lambda image, _: ImageOps.autocontrast(image)),
-    "equalize": (False, lambda image, _: ImageOps.equalize(image)),
-}
+TRIVIAL = _operations(shear=0.99, translate=lambda _: 32, rotate=135, enhance=0.99, bits=6)
+RAND = _operations(shear=0.3, translate=lambda side: 150 / 331 * side, rotate=30, enhance=0.9, bits=4)
 
 
 def trivial_augment(pixels: Pixels, rng: np.random.Generator) -> Pixels:
@@ -204,11 +237,30 @@ def trivial_augment(pixels: Pixels, rng: np.random.Generator) -> Pixels:
       pixels: the image.
       rng: draws the random numbers.
     """
-    signed, operation = list(TRIVIAL.values())[rng.integers(len(TRIVIAL))]
-    strength = rng.integers(MAGNITUDES) / (MAGNITUDES - 1)
-    if signed and rng.random() < 0.5:
+    operation = list(TRIVIAL.values())[rng.integers(len(TRIVIAL))]
+    return _apply(operation, pixels, int(rng.integers(MAGNITUDES)), rng)
+
+
+def rand_augment(pixels: Pixels, rng: np.random.Generator, count: int, magnitude: int) -> Pixels:
+    """Apply some of fourteen operations at one strength, one after another, as torchvision's RandAugment does.
+
+    Args:
+      pixels: the image.
+      rng: draws the operations and their directions.
+      count: number of operations.
+      magnitude: their strength, from 0 to MAGNITUDES - 1.
+    """
+    for number in rng.integers(len(RAND), size=count):
+        pixels = _apply(list(RAND.values())[number], pixels, magnitude, rng)
+    return pixels
+
+
+def _apply(operation: Operation, pixels: Pixels, magnitude: int, rng: np.random.Generator) -> Pixels:
+    """Apply an operation at a magnitude from 0 to MAGNITUDES - 1, in a random direction if it has two."""
+    strength = magnitude / (MAGNITUDES - 1)
+    if operation.signed and rng.random() < 0.5:
         strength = -strength
-    return np.asarray(operation(_as_picture(pixels), strength)).reshape(pixels.shape)
+    return np.asarray(operation.change(_as_picture(pixels), strength)).reshape(pixels.shape)
 
 
 def erased_rectangle(shape: tuple[int, ...], rng: np.random.Generator) -> Int32[np.ndarray, "4"]:

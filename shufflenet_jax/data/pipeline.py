@@ -6,7 +6,7 @@ number of hosts, workers and threads sees the same global batches.
 
 import functools
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -14,7 +14,7 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from ..batch_groups import BatchPlan, Epoch, plan_batch
-from ..config import Preprocess, TrainConfig
+from ..config import BALANCED, Preprocess, TrainConfig
 from ..errors import InputError
 from . import augmentation, decoding, geometry
 from .sources import Example, Source
@@ -72,7 +72,7 @@ def eval_batches(
 
     def load(position: int) -> Row:
         if position >= count:
-            empty = np.zeros((preprocess.crop, preprocess.crop, preprocess.channels), np.uint8)
+            empty = np.zeros((*preprocess.size, preprocess.channels), np.uint8)
             nothing = np.zeros(source.label_shape, np.int32)
             return {"images": empty, "labels": nothing, "mask": np.float32(0), "names": ""}
         example = source[position]
@@ -124,6 +124,7 @@ def train_batches(
     """
     plan = plan or plan_batch(config.batch_size, config.bn_group_size, 1, parts=1)
     size, preprocess, whole = len(source), config.train_preprocess, Epoch(len(source), plan)
+    order = Balanced(source, config.seed) if config.sampling == BALANCED else Shuffled(size, config.seed)
     # The fast crop decodes only the part that it needs.
     crops_fast = config.crop == "random" and config.transform == "fast"
     examples: Source | _Decoded = source if crops_fast else _Decoded(source, preprocess)
@@ -143,7 +144,7 @@ def train_batches(
 
     def load(position: int) -> Row:
         epoch, place, real = whole.find(*divmod(position, plan.batch_size))
-        index = shuffled(place % size // config.aug_repeats, size, config.seed, epoch)
+        index = order.find(place % size // config.aug_repeats, epoch)
         index, row = readable(index, seed=(config.seed, epoch * whole.padded + place))
         if stored:
             if stored.label[index] != row["labels"]:
@@ -159,7 +160,7 @@ def train_batches(
 def blank_row(config: TrainConfig) -> Row:
     """Return a row of `train_batches` as a TrainConfig asks for it, of a black image: its names, shapes and types."""
     preprocess = config.train_preprocess
-    blank = np.zeros((preprocess.resize, preprocess.resize, 3), np.uint8)
+    blank = np.zeros((*preprocess.size, 3), np.uint8)
     row = augmentation.training_row(Example("blank", blank, 0), config, preprocess, np.random.default_rng(0))
     return {**row, "labels": np.int32(0)}
 
@@ -183,6 +184,45 @@ class _Decoded:
         return found
 
 
+class Shuffled(NamedTuple):
+    """The order of passes that take each example once.
+
+    Attributes:
+      size: number of examples.
+      seed: seed of the run.
+    """
+
+    size: int
+    seed: int
+
+    def find(self, place: int, epoch: int) -> int:
+        """Return the example at a place of a pass."""
+        return shuffled(place, self.size, self.seed, epoch)
+
+
+class Balanced:
+    """The order of passes that take equally many examples of each class, or one more. Classes without any are left out.
+
+    A class gives its examples in random orders, one after another, so that none repeats before all are taken.
+
+    Args:
+      source: the examples.
+      seed: seed of the run.
+    """
+
+    def __init__(self, source: Source, seed: int) -> None:
+        labels = np.fromiter(source.labels(), np.int64)
+        self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self._size, self._seed = len(labels), seed
+
+    def find(self, place: int, epoch: int) -> int:
+        """Return the example at a place of a pass."""
+        number, label = divmod(shuffled(place, self._size, self._seed, epoch), len(self._members))
+        members = self._members[label]
+        turn, number = divmod(number, len(members))
+        return int(members[index_shuffle(number, len(members) - 1, _epoch_seed(self._seed, epoch, label, turn), 8)])
+
+
 def shuffled(place: int, size: int, seed: int, epoch: int) -> int:
     """Return the example at a place of a pass: a random permutation, computed for one place at a time.
 
@@ -195,9 +235,10 @@ def shuffled(place: int, size: int, seed: int, epoch: int) -> int:
     return index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=8)
 
 
-@functools.lru_cache(8)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+@functools.lru_cache(4096)
+def _epoch_seed(*numbers: int) -> int:
+    """Return a seed for a permutation, from the numbers that distinguish it: those of the run, the pass, the class."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _host_rows(batch_size: int, start: int, stop: int, host: int, hosts: int) -> grain.MapDataset:

@@ -121,6 +121,8 @@ def open_source(
     Raises:
       InputError: there is no usable data set, or its classes do not fit `classes` or `num_classes`.
     """
+    if not data:
+        raise InputError("no images are named; give a folder or an archive of them, or tfds:NAME, with `data`")
     if data == "digits":
         source = _open_digits(split)
     elif str(data).startswith("tfds:"):

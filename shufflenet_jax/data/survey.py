@@ -1,6 +1,7 @@
 """A survey of a data set: unreadable and unusual images, and the number of images per class."""
 
 import hashlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ..errors import InputError
-from .decoding import read
+from .decoding import DAMAGE, read
 from .sources import Source
 from .workers import usable_cores
 
@@ -110,6 +112,36 @@ def examine(source: Source, index: int) -> Facts:
         return Facts(example.name, int(example.label), None, stored.mode, (width, height), stored.orientation, digest)
     except InputError as error:
         return Facts("", -1, fault=str(error))
+
+
+def usual_side(source: Source, most: int = 200) -> int:
+    """Return the median of the short sides of a source's images, in pixels, from their headers.
+
+    Args:
+      source: the examples.
+      most: largest number of images to read, evenly spread over the source.
+
+    Raises:
+      InputError: none of these images can be read.
+    """
+    places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        sides = [side for side in pool.map(lambda index: _short_side(source, int(index)), places) if side]
+    if not sides:
+        raise InputError(f"none of {len(places)} training images can be read; `verify` says what is wrong with each")
+    return int(np.median(sides))
+
+
+def _short_side(source: Source, index: int) -> int:
+    """Return the short side of an image, in pixels; 0 if the image cannot be read."""
+    try:
+        image = source[index].image
+        if isinstance(image, np.ndarray):
+            return min(image.shape[:2])
+        with Image.open(io.BytesIO(image)) as opened:
+            return min(opened.size)
+    except (InputError, *DAMAGE):
+        return 0
 
 
 def _add(result: Survey, same: defaultdict[bytes, list[str]], facts: Facts) -> None:

@@ -44,18 +44,19 @@ def eval_step(module, preprocess, variables, batch, *, flip=False, among=None):
     }, logits
 
 
-def count_predictions(evaluate, variables, batch):
-    """Take an evaluation's share of a batch on one device, and also count how often each class comes first.
+def predict_classes(evaluate, variables, batch):
+    """Take an evaluation's share of a batch on one device, and of its logits keep what counts for classes.
 
     Args:
       evaluate: `(variables, batch) -> (sums, logits)`, such as `partial(eval_step, module, preprocess)`.
       variables, batch: as in `eval_step`.
     Returns:
-      (sums with "predicted": int32 (num_classes,), logits).
+      (sums, int32 (B, 2): of each image its label, of several the likeliest, and the class that comes first; -1 twice
+      for padding).
     """
     sums, logits = evaluate(variables, batch)
-    first = jax.nn.one_hot(logits.argmax(1), logits.shape[1], dtype=jnp.int32)
-    return {**sums, "predicted": jnp.where((batch["mask"] > 0)[:, None], first, 0).sum(0)}, logits
+    pairs = jnp.stack([likeliest(logits, batch["labels"]), logits.argmax(1)], axis=1).astype(jnp.int32)
+    return sums, jnp.where((batch["mask"] > 0)[:, None], pairs, -1)
 
 
 def evaluate(step, variables, batches, *, keep_logits=False):

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import DAMAGED_ZIP, open_file, path_of
+from .ranking import likeliest
 
 
 class Predictions(NamedTuple):
@@ -20,6 +21,10 @@ class Predictions(NamedTuple):
     label: np.ndarray
     logits: np.ndarray
     name: np.ndarray | None = None
+
+    def first_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the label, of several the likeliest, and the class that comes first, int (N,) both."""
+        return np.asarray(likeliest(self.logits, self.label)), self.logits.argmax(1)
 
 
 def write_predictions(path, predictions):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import jinja2
@@ -10,23 +9,15 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 from scipy.special import logsumexp
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 
 from ..data.labels import class_name
-from .ranking import likeliest
+from .classes import ClassRow, ClassScores, Share, class_rows, confused_pairs, confusion_matrix, share_of
 
 BINS = 15  # Of confidence, as Guo et al. (ICML 2017) have them.
 CONFUSED, SUREST = 20, 12
 THUMBNAIL = 168  # Pixels a side.
-
-
-class Share(NamedTuple):
-    """A part of the images, in percent, with its 95 % interval (Wilson 1927)."""
-
-    right: int
-    percent: float
-    low: float
-    high: float
+MOST_DRAWN = 40  # Classes of a confusion matrix on the page.
 
 
 class Mean(NamedTuple):
@@ -45,15 +36,6 @@ class Bin(NamedTuple):
     images: int
     confidence: float  # Mean probability of the first class, 0 to 1; 0 for an empty bin.
     accuracy: float  # Share that is right, 0 to 1; 0 for an empty bin.
-
-
-class ClassRow(NamedTuple):
-    """How a class fares."""
-
-    label: int
-    images: int
-    right: int
-    taken_for: int | None  # The wrong class that its images are taken for most often.
 
 
 class Mistake(NamedTuple):
@@ -76,6 +58,8 @@ class Summary(NamedTuple):
     # makes it larger, and makes that of a resample larger again, so that a bootstrap's interval lies too high.
     calibration_error: float
     bins: list[Bin]
+    means: dict[str, float]  # Precision, recall and F1 over the classes, and balanced accuracy, in percent.
+    confusion: np.ndarray | None  # As `confusion_matrix` has it; None for more than MOST_DRAWN classes.
     classes: list[ClassRow]  # Those with images, the worst first.
     confused: list[tuple[int, int, int]]  # (label, predicted, images), the most frequent first.
     pairs: int  # All that are confused.
@@ -84,34 +68,32 @@ class Summary(NamedTuple):
 
 def summarise(rows):
     """Return the Summary of Predictions; of several labels the likeliest counts."""
-    labels, logits = np.asarray(likeliest(rows.logits, rows.label)), np.asarray(rows.logits, np.float64)
+    (labels, _), logits = rows.first_classes(), np.asarray(rows.logits, np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     predicted, right = order[:, 0], order[:, 0] == labels
     normalizers = logsumexp(logits, axis=1)
     confidence = np.exp(logits.max(1) - normalizers)
     bins = _bins(confidence, right)
     wrong = np.flatnonzero(~right)
-    confused = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    num_classes = logits.shape[1]
+    confused = confused_pairs(labels, predicted)
     return Summary(
         images=len(labels),
-        top1=_share(int(right.sum()), len(labels)),
-        top5=_share(int((order == labels[:, None]).any(1).sum()), len(labels)),
+        top1=share_of(int(right.sum()), len(labels)),
+        top5=share_of(int((order == labels[:, None]).any(1).sum()), len(labels)),
         loss=_mean(normalizers - _of_labels(logits, np.asarray(rows.label).reshape(len(labels), -1))),
         calibration_error=100 * sum(b.images * abs(b.accuracy - b.confidence) for b in bins) / len(labels),
         bins=bins,
-        classes=_classes(labels, predicted),
-        confused=[(*pair, n) for pair, n in sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:CONFUSED]],
+        means=ClassScores(labels, predicted, num_classes).means,
+        confusion=confusion_matrix(labels, predicted, num_classes) if num_classes <= MOST_DRAWN else None,
+        classes=class_rows(labels, predicted, num_classes),
+        confused=confused[:CONFUSED],
         pairs=len(confused),
         surest=[
             Mistake(int(i), int(labels[i]), int(predicted[i]), float(confidence[i]))
             for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:SUREST]
         ],
     )
-
-
-def _share(right, images):
-    interval = binomtest(right, images).proportion_ci(method="wilson")
-    return Share(right, 100 * right / images, 100 * interval.low, 100 * interval.high)
 
 
 def _of_labels(logits, labels):
@@ -138,17 +120,6 @@ def _bins(confidence, right):
     return found
 
 
-def _classes(labels, predicted):
-    taken = defaultdict(Counter)
-    for label, found in zip(labels.tolist(), predicted.tolist(), strict=True):
-        taken[label][found] += 1
-    rows = []
-    for label, counts in taken.items():
-        wrong = [(found, count) for found, count in counts.most_common() if found != label]
-        rows.append(ClassRow(label, counts.total(), counts[label], wrong[0][0] if wrong else None))
-    return sorted(rows, key=lambda row: (row.right / row.images, -row.images, row.label))
-
-
 def make_report(rows, model, source, *, title, command):
     """The page, as text.
 
@@ -168,6 +139,7 @@ def make_report(rows, model, source, *, title, command):
         title=title,
         command=command,
         named=lambda label: class_name(model.info.classes, label),
+        range=range,
         preparation=in_words(model.info.preprocess),
         mistakes=[(mistake, rows.name[mistake.place], *pictures(model, source, mistake)) for mistake in summary.surest],
     )
@@ -178,7 +150,9 @@ def pictures(model, source, mistake):
     example = source[mistake.place]
     crop = model.preprocess(example.image, name=example.name)
     conv5 = np.asarray(model.extract_feat(crop)["conv5"])[0]
-    plain = Image.fromarray(crop[0].squeeze()).convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    longest = max(model.info.preprocess.size)
+    size = tuple(round(side * THUMBNAIL / longest) for side in model.info.preprocess.size[::-1])
+    plain = Image.fromarray(crop[0].squeeze()).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     seen = Image.fromarray(np.uint8(255 * model.class_activation_map(conv5, mistake.predicted)))
     seen = np.asarray(seen.resize(plain.size, Image.Resampling.BICUBIC)) / 255
     alpha = (0.15 + 0.5 * seen)[..., None]
@@ -200,6 +174,6 @@ def in_words(preprocess):
     scaled = "" if preprocess.scale == 1 else f" times {preprocess.scale:.6g}"
     return (
         f"decoded with EXIF's rotation {exif}; short side to {preprocess.resize} pixels by {backend}; "
-        f"the central {preprocess.crop} x {preprocess.crop}; "
+        f"the central {preprocess.size[0]} x {preprocess.size[1]}; "
         f"{preprocess.channel_order}{scaled}, minus ({mean}), over ({std})"
     )

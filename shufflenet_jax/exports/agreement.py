@@ -80,14 +80,6 @@ def nhwc(outputs):
     return outputs.transpose(0, 2, 3, 1) if outputs.ndim == 4 else outputs
 
 
-def in_the_middle(images, size):
-    """The central (height, width) of images (B, H, W, C); None is all of them."""
-    if size is None:
-        return images
-    top, left = ((whole - part) // 2 for whole, part in zip(images.shape[1:3], size, strict=True))
-    return images[:, top : top + size[0], left : left + size[1]]
-
-
 def example_pictures():
     """The photographs inside scikit-learn: {name: uint8 (H, W, 3)}."""
     from sklearn.datasets import load_sample_images

@@ -33,7 +33,7 @@ def make_model(
       module, variables: a ShuffleNetV2 and its {"params", "batch_stats"}.
       preprocess: its Preprocess: the side of the images, and how they are normalised.
       batch: images a call; None leaves it open.
-      size: (height, width) of the images; None: the preprocessing's square.
+      size: (height, width) of the images; None: those of the preprocessing.
       with_preprocessing: take uint8 (batch, height, width, C) crops in RGB or grey instead of normalised float32
         (batch, C, height, width).
       features: put out the stages instead of logits.
@@ -45,7 +45,7 @@ def make_model(
     """
     graph = Graph(quantization)
     rows, channels = batch or "batch", preprocess.channels
-    height, width = size or (preprocess.crop, preprocess.crop)
+    height, width = size or preprocess.size
     images = "images"
     if with_preprocessing:
         images = _normalized(graph, preprocess)

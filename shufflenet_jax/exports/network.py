@@ -15,7 +15,7 @@ class Signature(NamedTuple):
     """What an exported network takes and puts out."""
 
     batch: int | None = None  # Images a call; None: any number.
-    size: tuple[int, int] | None = None  # Height and width of the images; None: the preprocessing's square.
+    size: tuple[int, int] | None = None  # Height and width of the images; None: those of the preprocessing.
     with_preprocessing: bool = False  # Takes uint8 crops instead of normalized float32.
     features: bool = False  # Puts out FEATURES instead of logits.
 

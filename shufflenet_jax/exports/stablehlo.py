@@ -37,7 +37,7 @@ def save(path, model, *, batch=None, size=None, with_preprocessing=False, featur
         return lax.platform_dependent(weights, images, cpu=direct, cuda=direct, default=reference)
 
     (rows,) = jax.export.symbolic_shape("batch") if batch is None else (batch,)
-    shape = (rows, *(size or (preprocess.crop, preprocess.crop)), preprocess.channels)
+    shape = (rows, *(size or preprocess.size), preprocess.channels)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if with_preprocessing else jnp.float32)
     Path(path).write_bytes(jax.export.export(jax.jit(network), platforms=PLATFORMS)(images).serialize())
 

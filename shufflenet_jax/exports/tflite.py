@@ -60,7 +60,7 @@ def make_model(
     """
     module, preprocess = model.module, model.info.preprocess
     graph = Graph(quantization, batch=signature.batch)
-    height, width = signature.size or (preprocess.crop, preprocess.crop)
+    height, width = signature.size or preprocess.size
     shape = signature.batch or 1, height, width, preprocess.channels
     params = arrange(module, fold(model.variables))
     if signature.with_preprocessing:

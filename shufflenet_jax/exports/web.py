@@ -85,7 +85,7 @@ def page_of(model: Model, signature: Signature, contents: Mapping[str, bytes], *
       single: inline the files, compressed, instead of naming them.
     """
     info = model.info
-    height, width = signature.size or (info.preprocess.crop, info.preprocess.crop)
+    height, width = signature.size or info.preprocess.size
     classes = [class_name(info.classes, label) for label in range(info.num_classes)]
     settings = {
         "preprocess": json.loads(info.to_json())["preprocess"],

@@ -188,8 +188,8 @@ def _guesses(file: TorchFile, statements: Statements, info: ModelInfo) -> list[s
             "network for small images, like CIFAR's, which has neither"
         )
     if statements.preprocessing is None:
-        side = info.preprocess.crop
-        size = "" if statements.image_size else f" at {side} x {side} pixels"
+        height, width = info.preprocess.size
+        size = "" if statements.image_size else f" at {height} x {width} pixels"
         others = "`preprocessing` changes" if statements.image_size else "`preprocessing` and `image_size` change"
         guesses.append(
             f"{file.name} does not say how its images were prepared: {file.dialect}'s preprocessing{size} is assumed; "

@@ -17,6 +17,7 @@ from ..model import variable_shapes
 from ..slices import Slice
 from .loop import describe_model, map_step, network_of, require_trainable
 from .packing import packing_for
+from .rule import settle
 from .state import create_state
 from .supervision import load_supervision
 
@@ -41,6 +42,7 @@ class CompiledStep(NamedTuple):
     """A step of a training, compiled for a Slice.
 
     Attributes:
+      config: the TrainConfig, with nothing left open.
       epoch: the Epoch, whose plan says how the devices divide a batch.
       memory: what it takes on each device.
       counts: what it does on each device.
@@ -48,6 +50,7 @@ class CompiledStep(NamedTuple):
       seconds: how long compiling took.
     """
 
+    config: TrainConfig
     epoch: Epoch
     memory: Memory
     counts: hlo.Counts
@@ -79,7 +82,7 @@ def open_training_data(config: TrainConfig) -> Source:
             reader=Reader("train_split"),
         )
     except InputError:
-        if config.data not in KNOWN_SIZES:
+        if config.data not in KNOWN_SIZES or config.rule != "none":  # A rule looks at the images.
             raise
         return Source(KNOWN_SIZES[config.data], _read_nothing, KNOWN_CLASSES[config.data], None, tuple)
 
@@ -100,9 +103,12 @@ def compile_ahead(config: TrainConfig, target: Slice) -> CompiledStep:
     """
     if config.teacher:
         raise InputError("a step with a teacher cannot be compiled ahead; leave `teacher` out")
+    if config.linear_probe:
+        raise InputError("a linear probe takes no steps that could be compiled ahead; leave `linear_probe` out")
     config = _for_platform(config, target.devices[0].platform)
     with jax.enable_x64(config.dtype == "float64"):
         source = open_training_data(config)
+        config, _ = settle(config, source, {}, devices=len(target.devices))
         info = describe_model(config, source)
         epoch = Epoch(len(source), parallel.plan_for_devices(config, target.devices))
         require_trainable(config, epoch)
@@ -114,7 +120,8 @@ def compile_ahead(config: TrainConfig, target: Slice) -> CompiledStep:
         )
         constants = load_supervision(config, source, info).constants
         step = map_step(module, config, epoch, packing=packing, devices=target.devices)
-        return _compile(step.lower(state, batch_shapes(config, epoch), constants), epoch, target)
+        lowered = step.lower(state, batch_shapes(config, epoch), constants)
+        return _compile(lowered, config, epoch, target)
 
 
 def _for_platform(config: TrainConfig, platform: str) -> TrainConfig:
@@ -135,7 +142,7 @@ def batch_shapes(config: TrainConfig, epoch: Epoch) -> dict[str, jax.ShapeDtypeS
     }
 
 
-def _compile(lowered, epoch: Epoch, target: Slice) -> CompiledStep:
+def _compile(lowered, config: TrainConfig, epoch: Epoch, target: Slice) -> CompiledStep:
     began = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=target.compiler_options)
@@ -153,4 +160,4 @@ def _compile(lowered, epoch: Epoch, target: Slice) -> CompiledStep:
         program=sizes.generated_code_size_in_bytes,
     )
     text = compiled.as_text()
-    return CompiledStep(epoch, memory, hlo.count(text), text, seconds)
+    return CompiledStep(config, epoch, memory, hlo.count(text), text, seconds)

@@ -3,11 +3,11 @@
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,27 @@ from ..data.inventory import Note, report_notes
 from ..data.pipeline import eval_batches, train_batches
 from ..data.sources import Reader, Source, open_source
 from ..errors import InputError
-from ..evaluation.counting import count_predictions, eval_step, evaluate
+from ..evaluation.classes import MEANS, ClassScores
+from ..evaluation.counting import eval_step, evaluate, predict_classes
 from ..files import path_of, printable, writing
-from ..model import init_variables
+from ..model import ShuffleNetV2, init_variables
 from . import workdir as workdirs
+from .beginning import initial_variables
 from .curves import plot_curves
-from .finetuning import initial_variables
 from .interruption import Interruption
 from .logs import METRICS, Meter, MetricsLog, read_metrics
 from .optimizer import decay_table
 from .packing import Packing, packing_for
+from .patience import Patience
 from .pitfalls import warn_of_collapse, warn_of_pitfalls
+from .probe import probe
 from .profiling import make_folder, traced
 from .resuming import Data
+from .rule import settle
 from .schedule import count_steps, make_schedule, peak_rate
-from .state import create_state
+from .state import State, create_state
 from .step import train_step
+from .summary import Summary, read_summary, summarize, write_summary
 from .supervision import load_supervision
 
 logger = logging.getLogger(__name__)
@@ -57,6 +62,16 @@ class Evaluation(NamedTuple):
     loss: float
     top1: float  # Percent.
     top5: float  # Percent.
+    # Percent, over the classes; None where an older version logged the evaluation.
+    balanced_accuracy: float | None = None
+    f1: float | None = None
+
+
+class Outcome(NamedTuple):
+    """What an evaluation of a network gives."""
+
+    figures: dict[str, float]  # Those of `evaluate`, and the means of `ClassScores`.
+    pairs: np.ndarray  # int (N, 2), label and prediction of each image.
 
 
 class TrainResult(NamedTuple):
@@ -69,6 +84,7 @@ class TrainResult(NamedTuple):
       signal: the number of that signal, or None. Where several processes agreed to stop, it may be another's.
       last: the last Evaluation, or None before the first one.
       best: the Evaluation with the highest top-1, or None.
+      summary: the Summary of a finished run, or None.
     """
 
     workdir: Path
@@ -77,6 +93,7 @@ class TrainResult(NamedTuple):
     signal: int | None
     last: Evaluation | None
     best: Evaluation | None
+    summary: Summary | None = None
 
 
 def train(
@@ -108,9 +125,13 @@ def train(
 
 def _train(config, workdir, *, changed_data, profile):
     train_source, eval_source = open_sources(config)
+    config, chosen = settle(config, train_source, workdirs.stored_settings(workdir))
+    if chosen:
+        logger.info("%s", chosen.text)
     info = describe_model(config, train_source)
     epoch = Epoch(len(train_source), parallel.plan_for_devices(config))
-    require_trainable(config, epoch)
+    if not config.linear_probe:
+        require_trainable(config, epoch)
     parallel.require_same("settings", config)
     data = Data(*map(take_fingerprint, (train_source, eval_source)))
     parallel.require_same("data", (data, info.num_classes, info.classes))
@@ -119,20 +140,24 @@ def _train(config, workdir, *, changed_data, profile):
     begun = checkpoint.has_steps(workdir)
     variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
     fresh = create_state(module, config, epoch, variables)
-    total_steps = count_steps(config, epoch) + config.recalibrate
+    total_steps = count_steps(config, epoch) + (0 if config.linear_probe else config.recalibrate)
 
     with (
         Interruption() as interruption,
-        workdirs.claimed(workdir, config, info, data, changed_data=changed_data),
+        workdirs.claimed(workdir, config, info, data, chosen=chosen, changed_data=changed_data),
         checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints,
     ):
         state, start = resume(checkpoints, fresh, total_steps)
-        logger.info("%s\n%s", describe_run(config, epoch), decay_table(state.params, config.decay, config.frozen))
+        logger.info("%s", describe_run(config, epoch))
+        if not config.linear_probe:
+            logger.info("%s", decay_table(state.params, config.decay, config.frozen))
         if note := describe_start(jax.default_backend(), jax.config.jax_compilation_cache_dir):
             logger.info(note)
         if parallel.is_first():
             warn_of_pitfalls(config, epoch, train_source, eval_source)
-        batches = fed_batches(train_source, config, epoch, start, total_steps, stored=supervision.stored)
+        patience = Patience(config.patience, (row["top1"] for row in evaluations(workdir) if row["step"] <= start))
+        end = start if patience.over else total_steps
+        batches = fed_batches(train_source, config, epoch, start, end, stored=supervision.stored)
         packing = packing_for(module, config, variables)
         step = map_step(module, config, epoch, teacher=supervision.teacher, packing=packing)
         constants = parallel.replicate(supervision.constants)
@@ -141,7 +166,7 @@ def _train(config, workdir, *, changed_data, profile):
             traced(lambda state, batch: step(state, batch, constants), profile, start) as traced_step,
         ):
             if log and begun:
-                workdirs.record_start(workdir, config, info, data, continues=start < total_steps)
+                workdirs.record_start(workdir, config, info, data, continues=start < end)
             run = Run(
                 config,
                 epoch,
@@ -151,27 +176,45 @@ def _train(config, workdir, *, changed_data, profile):
                 report=make_report(config, log, epoch, eval_source.classes),
                 checkpoints=checkpoints,
                 interruption=interruption,
+                patience=patience,
             )
-            stopped = take_steps(run, state, start, batches)
+            if config.linear_probe:
+                ending = take_probe(run, module, state, start, train_source, supervision.constants.class_weights)
+            else:
+                ending = take_steps(run, state, start, batches)
+    stopped = ending.stopped
     if stopped:
-        logger.info("stopped after step %s, which is saved; the same command continues the run", stopped)
+        logger.info("stopped after step %s, which is saved; the same command continues the run", ending.step)
     else:
         logger.info("checkpoints: %s", checkpoints.directory)
     if not stopped and parallel.is_first():
+        if ending.pairs is not None:
+            write_summary(workdir, summarize(ending.step, ending.pairs, info.num_classes, best_of(workdir)))
         title = printable(f"{name_of(config.table)} on {config.data}")
         logger.info("curves: %s", plot_curves(workdir, title=title))
         with writing(workdir):
             (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
-    return result_of(workdir, stopped or total_steps, finished=not stopped, signal=interruption.number)
+    return result_of(workdir, ending.step, finished=not stopped, signal=interruption.number)
+
+
+def evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """Return the rows about evaluations in the log of a workdir that have a top-1."""
+    rows = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
+    return [row for row in rows if row["split"] == "eval" and row.get("top1") is not None]
+
+
+def best_of(workdir: Path) -> tuple[int, float]:
+    """Return the step with the highest top-1 in the log of a workdir, and that in percent."""
+    best = max(evaluations(workdir), key=lambda row: row["top1"])
+    return best["step"], best["top1"]
 
 
 def result_of(workdir, step, *, finished, signal):
     """Return the TrainResult of a run, with the evaluations of its log."""
-    rows = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
-    found = [Evaluation(*(row.get(name) for name in Evaluation._fields)) for row in rows if row["split"] == "eval"]
-    found = [evaluation for evaluation in found if None not in evaluation]
+    found = [Evaluation(*(row.get(name) for name in Evaluation._fields)) for row in evaluations(workdir)]
+    found = [evaluation for evaluation in found if None not in evaluation[: -len(Evaluation._field_defaults)]]
     last, best = (found[-1], max(found, key=lambda evaluation: evaluation.top1)) if found else (None, None)
-    return TrainResult(workdir, step, finished, signal, last, best)
+    return TrainResult(workdir, step, finished, signal, last, best, read_summary(workdir) if finished else None)
 
 
 class Run(NamedTuple):
@@ -181,18 +224,28 @@ class Run(NamedTuple):
     epoch: Epoch
     step: Callable  # (packed State, batch) -> (packed State, metrics).
     packing: Packing
-    evaluate: Callable  # Variables -> (figures, how often each class was predicted).
+    evaluate: Callable  # Variables -> Outcome.
     report: Callable  # (step, split, figures, [predictions of each class]) -> None.
     checkpoints: checkpoint.TrainingCheckpoints
     interruption: Interruption
+    patience: Patience
 
 
-def take_steps(run, state, start, batches):
-    """Takes the steps from `start` on; returns the one after which it had to stop, or None at the end."""
+class Ending(NamedTuple):
+    """How a loop ended."""
+
+    step: int  # The last one.
+    stopped: bool  # Whether a signal ended it, so that it is to continue.
+    pairs: np.ndarray | None  # As in an Outcome, of the last evaluation; None where there was none.
+
+
+def take_steps(run: Run, state: State, start: int, batches: Iterable[Any]) -> Ending:
+    """Take the steps from `start` on."""
     config, epoch, meter = run.config, run.epoch, Meter()
     learned = count_steps(config, epoch)
     last = learned + config.recalibrate
     packed = run.packing.pack_state(state)
+    step, pairs = start, None
     for step, batch in enumerate(batches, start=start + 1):
         packed, metrics = run.step(packed, batch)
         meter.add(step, metrics, epoch.images(step - 1))
@@ -205,16 +258,32 @@ def take_steps(run, state, start, batches):
         if evaluating or stopping:
             state = run.packing.unpack_state(packed)
         if evaluating:
-            figures, predicted = run.evaluate(state.variables)
-            run.report(step, "eval", figures, predicted)
+            figures, pairs = run.evaluate(state.variables)
+            run.report(step, "eval", figures, pairs)
             if state.ema:
-                run.report(step, "eval_ema", run.evaluate(state.ema)[0])
+                run.report(step, "eval_ema", run.evaluate(state.ema).figures)
+            run.patience.add(figures["top1"])
             meter.restart()
         if evaluating or stopping:
             run.checkpoints.save(step, parallel.to_host(items_of(state)), figures)
         if stopping:
-            return step
-    return None
+            return Ending(step, True, pairs)
+        if run.patience.over:
+            logger.info("ends early: %d evaluations without a higher top-1", config.patience)
+            break
+    return Ending(step, False, pairs)
+
+
+def take_probe(run: Run, module: ShuffleNetV2, state: State, start: int, source: Source, class_weights: Any) -> Ending:
+    """Fit the classifier alone, as the only step of a run."""
+    if start:
+        return Ending(start, False, None)
+    variables = probe(module, run.config, jax.device_get(state.variables), source, class_weights)
+    figures, pairs = run.evaluate(parallel.replicate(variables))
+    run.report(1, "eval", figures, pairs)
+    state = state.replace(step=jnp.ones((), jnp.int32), **variables, ema=variables if state.ema else None)
+    run.checkpoints.save(1, parallel.to_host(items_of(state)), figures)
+    return Ending(1, False, pairs)
 
 
 def open_sources(config):
@@ -307,8 +376,8 @@ def resume(checkpoints, state, total_steps):
 
 def require_trainable(config, epoch):
     """Raises InputError if the last batch of a pass is too small for batch statistics."""
-    last = -(-config.image_size // (8 if config.small_stem else 32))
-    if epoch.share * last**2 < 2:
+    height, width = (-(-side // (8 if config.small_stem else 32)) for side in config.train_preprocess.size)
+    if epoch.share * height * width < 2:
         raise InputError(
             f"the last batch of an epoch leaves {epoch.share} image to each group of {epoch.plan.group}, too few for "
             f"batch statistics at {config.image_size} pixels; change batch_size"
@@ -317,6 +386,8 @@ def require_trainable(config, epoch):
 
 def describe_run(config, epoch):
     """What a run is going to do, in two lines."""
+    if config.linear_probe:
+        return f"the classifier alone, by logistic regression on the features of {epoch.size:,} images"
     plan = epoch.plan
     last = "" if epoch.left == plan.batch_size else f", the last with {epoch.left} images"
     parts = f", in {plan.parts} parts" if plan.parts > 1 else ""
@@ -355,22 +426,24 @@ def finite(meter, checkpoints):
 
 
 def make_evaluate(module, config, source):
-    """Return a function from variables to the figures of the evaluation split, and (num_classes,) the predictions."""
-    step = parallel.map_eval_step(partial(count_predictions, partial(eval_step, module, config.preprocess)))
-    fitting = parallel.rows_that_fit(config.preprocess.crop) * jax.device_count()
+    """Return a function from variables to the Outcome on the evaluation split."""
+    step = parallel.map_eval_step(partial(predict_classes, partial(eval_step, module, config.preprocess)))
+    fitting = parallel.rows_that_fit(config.preprocess.size) * jax.device_count()
     batch_size = parallel.shared_equally(min(config.eval_batch_size, len(source), fitting))
 
     def evaluate_state(variables):
-        predicted = []
+        found = []
 
-        def counted(variables, batch):
-            sums, logits = step(variables, batch)
-            predicted.append(sums.pop("predicted"))
-            return sums, logits
+        def paired(variables, batch):
+            sums, pairs = step(variables, batch)
+            found.append(pairs)
+            return sums, pairs
 
         batches = eval_batches(source, config.preprocess, batch_size=batch_size, **parallel.own_slice())
-        figures, _ = evaluate(counted, variables, batches)
-        return figures, sum(np.asarray(counts, np.int64) for counts in predicted)
+        figures, _ = evaluate(paired, variables, batches)
+        pairs = parallel.gather(np.concatenate([np.asarray(rows).reshape(-1, 2) for rows in found]))
+        pairs = pairs[pairs[:, 0] >= 0]
+        return Outcome(figures | ClassScores(*pairs.T, module.num_classes).means, pairs)
 
     return evaluate_state
 
@@ -379,10 +452,10 @@ def make_report(config, log, epoch, classes):
     """Return a function that logs a row of figures and reports evaluations; without a log it does nothing."""
     learning_rate = make_schedule(config, epoch)
 
-    def report(step, split, figures, predicted=None):
+    def report(step, split, figures, pairs=None):
         if figures is None or log is None:
             return
-        names = ("loss", "top1", "top5")
+        names = ("loss", "top1", "top5", *(MEANS if split != "train" else ()))
         row = log.write(
             step=step,
             epoch=round(step / epoch.steps, 4),
@@ -394,10 +467,12 @@ def make_report(config, log, epoch, classes):
         )
         if split != "train":
             whose = " of the average" if split == "eval_ema" else ""
-            accuracy = f"top-1{whose} {row['top1']:.2f} %, loss {row['loss']:.4f}"
+            accuracy = (
+                f"top-1{whose} {row['top1']:.2f} %, balanced {row['balanced_accuracy']:.2f} %, loss {row['loss']:.4f}"
+            )
             logger.info("step %s, epoch %.1f: %s", step, row["epoch"], accuracy)
-        if predicted is not None:
-            warn_of_collapse(step, predicted, row["top1"], row["lr"], classes)
+        if pairs is not None:
+            warn_of_collapse(step, np.bincount(pairs[:, 1]), row["top1"], row["lr"], classes)
 
     return report
 

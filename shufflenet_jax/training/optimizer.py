@@ -1,19 +1,40 @@
-"""The update of the parameters: PyTorch's SGD, which adds L2 to the gradient before momentum."""
+"""The update of the parameters: PyTorch's SGD, which adds L2 to the gradient before momentum, and its AdamW."""
+
+from typing import Any
 
 import jax
 import optax
 
+from ..batch_groups import Epoch
+from ..config import TrainConfig
 from .schedule import make_schedule
 
 
-def make_optimizer(config, epoch):
-    """SGD with momentum and coupled L2, the way PyTorch computes them; clipping, where asked for, comes first."""
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(
-        *clip,
-        optax.add_decayed_weights(config.weight_decay, lambda params: decays(params, config.decay, config.frozen)),
-        optax.sgd(make_schedule(config, epoch), momentum=config.momentum, nesterov=config.nesterov),
-    )
+def make_optimizer(config: TrainConfig, epoch: Epoch) -> optax.GradientTransformation:
+    """Return the optimizer of a TrainConfig, the way PyTorch computes it; clipping, where asked for, comes first."""
+    learning_rate = make_schedule(config, epoch)
+
+    def mask(params: Any) -> Any:
+        return decays(params, config.decay, config.frozen)
+
+    if config.optimizer == "adamw":
+        betas = {"b1": config.momentum, "b2": config.beta2}
+        parts = [optax.adamw(learning_rate, **betas, weight_decay=config.weight_decay, mask=mask)]
+    else:
+        parts = [
+            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.sgd(learning_rate, momentum=config.momentum, nesterov=config.nesterov),
+        ]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.backbone_lr != 1:
+        parts.append(optax.stateless(lambda updates, _: _slow_backbone(updates, config.backbone_lr)))
+    return optax.chain(*parts)
+
+
+def _slow_backbone(updates: Any, share: float) -> Any:
+    """Multiply the updates of all layers but the classifier by a share."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf if path[0].key == "fc" else leaf * share, updates)
 
 
 def decays(params, which="no_norm", frozen=()):

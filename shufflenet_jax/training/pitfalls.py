@@ -65,7 +65,7 @@ def _long_warmup(config: TrainConfig, epoch: Epoch) -> Iterator[str]:
 
 
 def _large_batch(config: TrainConfig, epoch: Epoch) -> Iterator[str]:
-    if config.batch_size > epoch.size:
+    if config.batch_size > epoch.size and not config.linear_probe:
         yield (
             f"batch_size is {config.batch_size:,}, but there are only {epoch.size:,} training images: each of the "
             f"{count_steps(config, epoch):,} steps takes {epoch.left:,} images; lower `batch_size` to take more steps"

@@ -8,18 +8,20 @@ from ..errors import InputError
 
 
 def count_steps(config, epoch):
-    """The steps of a run that move the parameters; `recalibrate` comes on top."""
-    return config.steps or config.epochs * epoch.steps
+    """The steps of a run that move the parameters; `recalibrate` comes on top. A linear probe counts as one."""
+    return 1 if config.linear_probe else config.steps or config.epochs * epoch.steps
 
 
 def peak_rate(config):
-    """The learning rate from which the schedule falls."""
+    """The learning rate from which the schedule falls; a linear probe has none."""
+    if config.linear_probe:
+        return 0.0
     return config.learning_rate * (config.batch_size / config.scale_lr_from if config.scale_lr_from else 1)
 
 
 def count_warmup(config, epoch):
     """The steps at the start in which the learning rate is reduced."""
-    return config.warmup_steps + config.warmup_epochs * epoch.steps
+    return 0 if config.linear_probe else config.warmup_steps + config.warmup_epochs * epoch.steps
 
 
 def make_schedule(config, epoch):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ..config import BALANCED
+from ..data.sources import Source
 from ..deploy import deploy
 from ..errors import InputError
 from ..evaluation.predictions import Predictions, read_predictions
@@ -33,13 +35,26 @@ def load_supervision(config, source, info):
     Raises:
       InputError: a file cannot be read, or does not fit the data or the network.
     """
-    weights = load_class_weights(config.class_weights, source.num_classes) if config.class_weights else None
+    weights = class_weights(config.class_weights, source) if config.class_weights else None
     if not config.teacher:
         return Supervision(Constants(weights))
     if Path(config.teacher).suffix == ".npz":
         return Supervision(Constants(weights), stored=load_predictions(config.teacher, source))
     teacher, variables = load_teacher(config, info)
     return Supervision(Constants(weights, variables), teacher)
+
+
+def class_weights(setting: str, source: Source) -> np.ndarray:
+    """Return (num_classes,) float32 by a TrainConfig's `class_weights`: from a file, or the counts of a source."""
+    if setting != BALANCED:
+        return load_class_weights(setting, source.num_classes)
+    return balanced_weights(np.bincount(np.fromiter(source.labels(), np.int64), minlength=source.num_classes))
+
+
+def balanced_weights(counts: np.ndarray) -> np.ndarray:
+    """Return weights (num_classes,), float32, with which classes of these numbers of images count alike."""
+    present = np.maximum(counts, 1)  # A class without images has no loss that its weight could change.
+    return (counts.sum() / (max(1, (counts > 0).sum()) * present)).astype(np.float32)
 
 
 def load_class_weights(path, num_classes):

@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..files import read_file, written_aside
 from .logs import METRICS
 from .resuming import Data, require_same_data, require_same_settings
+from .rule import Chosen
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,13 @@ LIBRARIES = (
 
 @contextlib.contextmanager
 def claimed(
-    workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, changed_data: bool = False
+    workdir: Path,
+    config: TrainConfig,
+    info: ModelInfo,
+    data: Data,
+    *,
+    chosen: Chosen | None = None,
+    changed_data: bool = False,
 ) -> Iterator[None]:
     """Keep a workdir for this run; of its processes the first one does.
 
@@ -46,11 +53,12 @@ def claimed(
       config: the TrainConfig.
       info: the ModelInfo of the network.
       data: the Data, its fingerprints.
+      chosen: the settings that a rule chose, to be noted.
       changed_data: accept other examples than the run was trained on.
     Raises:
       InputError: the folder is no training's, has a run with other settings or data, or belongs to another run now.
     """
-    lock = partial(_locked, workdir, config, info, data, changed_data=changed_data)
+    lock = partial(_locked, workdir, config, info, data, chosen=chosen, changed_data=changed_data)
     with lock() if parallel.is_first() else contextlib.nullcontext():
         parallel.wait_for_all("the workdir is claimed")
         if not (workdir / CONFIG).exists():
@@ -59,7 +67,9 @@ def claimed(
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, changed_data: bool) -> Iterator[None]:
+def _locked(
+    workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, chosen: Chosen | None, changed_data: bool
+) -> Iterator[None]:
     begun = checkpoint.has_steps(workdir) and (workdir / CONFIG).exists()
     if begun:
         _require_continuable(workdir, config, info, data, changed_data=changed_data)
@@ -73,7 +83,8 @@ def _locked(workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, 
     with open(workdir / LOCK) as lock:  # Closing it, or the end of the process in any way, gives it back.
         _take(lock, workdir)
         if not begun:
-            _write(workdir, _describe_start(config, data), info)
+            rule = {"rule": chosen._asdict()} if chosen else {}
+            _write(workdir, rule | _describe_start(config, data), info)
         yield
 
 
@@ -86,6 +97,13 @@ def _require_continuable(
     places_matter = before is None and not changed_data
     require_same_settings(workdir, dataclasses.asdict(config), last["settings"], places_matter=places_matter)
     require_same_data(workdir, config.data, info, data, before, changed_data=changed_data)
+
+
+def stored_settings(workdir: Path) -> dict[str, Any]:
+    """Return the settings with which the run in a workdir last started; {} where there is none yet."""
+    if not (checkpoint.has_steps(workdir) and (workdir / CONFIG).exists()):
+        return {}
+    return current_settings(_last_start(_read_record(workdir / CONFIG))["settings"])
 
 
 def record_start(workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, continues: bool) -> None:
