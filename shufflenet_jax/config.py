@@ -430,19 +430,7 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        if isinstance(self.lowering, str):
-            object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
-        if isinstance(self.repeats, int) or (isinstance(self.repeats, (tuple, list)) and len(self.repeats) == 1):
-            raise InputError(
-                f"repeats is {self.repeats}, but must be the units of {', '.join(STAGES)}, like 4,8,4; `aug_repeats` "
-                "says how often a pass uses each image"
-            )
-        for name in SIDES_OF_IMAGES:
-            object.__setattr__(self, name, _square_or_sides(name, getattr(self, name)))
-        if not self.takes_network:
-            _keep_table(self)
-        elif not self.init_from:
-            raise InputError("width is None, which stands for the network of a checkpoint; name one with `init_from`")
+        self._unify()
         _require_types("TrainConfig", self)
         self._check_sides()
         counts = (
@@ -500,6 +488,22 @@ class TrainConfig:
             raise InputError(f"nesterov is a form of SGD's momentum, but {why}")
         if self.linear_probe and not self.init_from:
             raise InputError("linear_probe needs the features of a trained network; name one with `init_from`")
+
+    def _unify(self) -> None:
+        """Keep renamed values, sides and the network's table in the form that they have today."""
+        if isinstance(self.lowering, str):
+            object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
+        if isinstance(self.repeats, int) or (isinstance(self.repeats, (tuple, list)) and len(self.repeats) == 1):
+            raise InputError(
+                f"repeats is {self.repeats}, but must be the units of {', '.join(STAGES)}, like 4,8,4; `aug_repeats` "
+                "says how often a pass uses each image"
+            )
+        for name in SIDES_OF_IMAGES:
+            object.__setattr__(self, name, _square_or_sides(name, getattr(self, name)))
+        if not self.takes_network:
+            _keep_table(self)
+        elif not self.init_from:
+            raise InputError("width is None, which stands for the network of a checkpoint; name one with `init_from`")
 
     def _check_sides(self) -> None:
         """Raise InputError if a side cannot be."""
