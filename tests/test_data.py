@@ -244,7 +244,8 @@ def config(**changes):
 
 def test_balanced_sampling_takes_as_many_of_each_class_in_an_order_of_its_own():
     labels = np.repeat([0, 1, 3], [50, 9, 31])
-    order = Balanced(Source(90, None, 4, None, labels.tolist), seed=3)
+    read = lambda index: Example(str(index), b"", int(labels[index]))  # noqa: E731
+    order = Balanced(Source(90, read, 4, None, labels.tolist), seed=3)
     passes = [[order.find(place, epoch) for place in range(90)] for epoch in range(2)]
     for taken in passes:
         assert np.bincount(labels[taken]).tolist() == [30, 30, 0, 30]

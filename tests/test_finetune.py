@@ -182,6 +182,19 @@ def test_the_last_batch_of_an_epoch_is_as_full_as_can_be(images, batch, monkeypa
     assert rule.settle(config, source_of(images, 40), {})[0].batch_size == batch
 
 
+def test_the_batch_suits_the_devices_of_a_slice_that_is_not_here():
+    config = dataclasses.replace(PRESETS["finetune"], width=1.0, init_from=None, data="x", image_size=32)
+    settled, chosen = rule.settle(config, source_of(2022, 40), {}, devices=7)
+    assert settled.batch_size % 7 == 0 and chosen.devices == 7
+
+
+def test_the_schedule_of_a_rule_is_printed_and_needs_the_images(call, refused, pictures, weights):
+    options = ("--config", "finetune", "--init-from", weights, "--print-schedule")
+    status, out, _ = call(train.main, *options, "--data", pictures)
+    assert status == 0 and "warm-up" in out
+    assert "cifar10" in refused(train.main, *options, "--data", "tfds:cifar10", "--data-dir", pictures)
+
+
 def test_what_is_given_is_kept():
     settings = {"image_size": (64, 96), "batch_size": 8, "steps": 5, "learning_rate": 0.1}
     config = dataclasses.replace(PRESETS["finetune"], width=1.0, init_from=None, data="x", **settings)
@@ -214,7 +227,8 @@ def test_balanced_weights_are_scikit_learns_and_leave_classes_without_images_out
     from sklearn.utils.class_weight import compute_class_weight
 
     labels = np.repeat([0, 1, 3], [5, 50, 20])
-    ours = class_weights("balanced", Source(75, None, 4, None, labels.tolist))
+    read = lambda index: Example(str(index), b"", int(labels[index]))  # noqa: E731
+    ours = class_weights("balanced", Source(75, read, 4, None, labels.tolist))
     theirs = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
     np.testing.assert_allclose(ours[[0, 1, 3]], theirs, rtol=1e-6)
     assert np.isfinite(ours).all() and balanced_weights(np.array([7, 7])).tolist() == [1, 1]

@@ -137,7 +137,8 @@ def test_options_that_contradict_each_other_are_refused(refused, tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_shapes_that_are_compiled_are_those_that_training_feeds(preset):
     """Of eight black images in two parts, as the pipeline makes them of real ones."""
-    config = dataclasses.replace(PRESETS[preset], batch_size=8, bn_group_size=2, accumulate=2)
+    size = PRESETS[preset].image_size or (64, 96)  # What a rule leaves open; a rectangle.
+    config = dataclasses.replace(PRESETS[preset], batch_size=8, bn_group_size=2, accumulate=2, image_size=size)
     epoch = Epoch(8, parallel.plan_for_devices(config, jax.devices()[:2]))
     black = np.zeros((40, 50, 3), np.uint8)
     source = Source(8, lambda i: Example(str(i), black, 1), 3, None, tuple)
@@ -175,6 +176,11 @@ def test_a_batch_that_the_slice_does_not_divide_is_refused():
 def test_a_step_with_a_teacher_is_refused():
     with pytest.raises(InputError, match="leave `teacher` out"):
         compile_ahead(dataclasses.replace(DIGITS, teacher="net.pth"), slice_of(2))
+
+
+def test_a_linear_probe_is_refused():
+    with pytest.raises(InputError, match="leave `linear_probe` out"):
+        compile_ahead(dataclasses.replace(DIGITS, linear_probe=True, init_from="net.pth"), slice_of(2))
 
 
 tpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
