@@ -293,6 +293,9 @@ class TrainConfig:
     # Train the classifier alone, in seconds, on features that are computed once: logistic regression on training images
     # as evaluation prepares them. Of the settings of loss and order, class_weights and sampling count.
     linear_probe: bool = False
+    # Begin with the classifier of a linear probe, so that its first steps do not distort the features (Kumar et al.,
+    # ICLR 2022).
+    probe_first: bool = False
     # Whose initial weights: MMPretrain's and the authors', or PyTorch's own, which torchvision's networks begin with.
     initial: Initialization = "mmpretrain"
     # Whose way to decode, scale and normalise images; "digits" makes them grey.
@@ -486,8 +489,10 @@ class TrainConfig:
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum):
             why = "the optimizer is adamw" if self.optimizer == "adamw" else "momentum is 0"
             raise InputError(f"nesterov is a form of SGD's momentum, but {why}")
-        if self.linear_probe and not self.init_from:
-            raise InputError("linear_probe needs the features of a trained network; name one with `init_from`")
+        if (self.linear_probe or self.probe_first) and not self.init_from:
+            raise InputError(
+                "linear_probe and probe_first need the features of a trained network; name one with `init_from`"
+            )
 
     def _unify(self) -> None:
         """Keep renamed values, sides and the network's table in the form that they have today."""

@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
     for (name, color), count in zip(COLORS.items(), (20, 15, 10), strict=True):
         (root / name).mkdir(parents=True)
         for number in range(count):
-            pixels = np.clip(rng.normal(color, 25, (40, 50, 3)), 0, 255)
+            pixels = np.clip(rng.normal(color, 25, (12, 15, 3)), 0, 255)
             Image.fromarray(np.uint8(pixels)).save(root / name / f"{number}.png")
     return root
 
@@ -68,7 +68,7 @@ def test_the_plain_command_chooses_what_is_open_and_ends_with_a_summary(tuned, p
     workdir, argv = tuned
     record = json.loads((workdir / "config.json").read_text())
     chosen = record["rule"]["settings"]
-    assert (record["rule"]["images"], record["rule"]["side"]) == (36, 40)
+    assert (record["rule"]["images"], record["rule"]["side"]) == (36, 12)
     assert set(chosen) == {"eval_size", "image_size", "batch_size", "learning_rate"}  # The length was given.
     assert chosen.items() <= record["settings"].items() and record["settings"]["width"] is None
     assert record["settings"]["channels"] == [8, 16, 16, 16, 32] and record["settings"]["repeats"] == [2, 1, 1]
@@ -160,7 +160,7 @@ def source_of(images, side):
 
 @pytest.mark.parametrize(
     ("images", "side", "sizes"),
-    [(2022, 256, (176, 224)), (60, 1000, (176, 224)), (1600, 32, (96, 128)), (500, 64, (176, 224)), (9, 8, (32, 32))],
+    [(2022, 256, (176, 224)), (60, 1000, (176, 224)), (1600, 32, (144, 192)), (500, 64, (176, 224)), (9, 8, (48, 64))],
 )
 def test_the_rule_goes_by_number_and_size(images, side, sizes, monkeypatch):
     monkeypatch.setattr(rule, "usual_side", lambda source: side)
@@ -203,6 +203,16 @@ def test_what_is_given_is_kept():
 
 
 # Its parts
+
+
+def test_a_run_may_begin_with_the_classifier_of_a_linear_probe(pictures, weights, tmp_path, call):
+    rows = []
+    for name, words in {"probe": ("--linear-probe",), "run": ("--probe-first", "--steps", 1)}.items():
+        argv = options(pictures, weights, "--learning-rate", 1e-12, "--image-size", 64, *words)
+        status, _, err = call(train.main, *argv, "--workdir", tmp_path / name)
+        assert status == 0 and "features of 36 images" in err
+        rows.append(load_model(tmp_path / name)[1]["params"]["fc"])
+    np.testing.assert_allclose(rows[0]["kernel"], rows[1]["kernel"], rtol=1e-4, atol=1e-6)  # A step at a rate of 0.
 
 
 def test_a_run_ends_early_after_evaluations_without_a_higher_top1():

@@ -139,6 +139,8 @@ def _train(config, workdir, *, changed_data, profile):
     module = network_of(config, info)
     begun = checkpoint.has_steps(workdir)
     variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
+    if config.probe_first and not (begun or config.linear_probe):
+        variables = probe(module, config, variables, train_source, supervision.constants.class_weights)
     fresh = create_state(module, config, epoch, variables)
     total_steps = count_steps(config, epoch) + (0 if config.linear_probe else config.recalibrate)
 

@@ -14,7 +14,7 @@ from ..data.survey import usual_side
 from ..loading import load_model
 
 LARGE = 128  # Pixels of a short side from which images are used at the network's own resolution.
-ENLARGED = 4  # Times that smaller images are enlarged at most.
+ENLARGED = 6  # Times that smaller images are enlarged at most.
 STRIDE = 32  # Of the network: sides are multiples of it.
 TRAINED_AT = 11 / 14  # Of the side in evaluation, since random crops enlarge what they show: 176 of 224.
 IMAGES = 40_000  # That a run shows to the network, over all its epochs.
