@@ -191,7 +191,7 @@ def test_the_batch_suits_the_devices_of_a_slice_that_is_not_here():
 def test_the_schedule_of_a_rule_is_printed_and_needs_the_images(call, refused, pictures, weights):
     options = ("--config", "finetune", "--init-from", weights, "--print-schedule")
     status, out, _ = call(train.main, *options, "--data", pictures)
-    assert status == 0 and "warm-up" in out
+    assert status == 0 and "36 images, 60 epochs of 3 steps" in out
     assert "cifar10" in refused(train.main, *options, "--data", "tfds:cifar10", "--data-dir", pictures)
 
 

@@ -258,7 +258,8 @@ def page_parts(ten_classes, package):
 @needs_browser
 def test_the_page_prepares_pictures_to_the_pixel_as_we_do(page_parts, tmp_path):
     model, contents = page_parts
-    for number, preprocess in enumerate((TORCHVISION_EVAL, MEGVII_EVAL, model.info.preprocess, GREY)):
+    rectangles = TORCHVISION_EVAL.with_side((160, 224)), MEGVII_EVAL.with_side((160, 96))
+    for number, preprocess in enumerate((TORCHVISION_EVAL, MEGVII_EVAL, *rectangles, model.info.preprocess, GREY)):
         changed = Model(
             model.module,
             model.variables,
