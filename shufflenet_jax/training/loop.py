@@ -96,6 +96,14 @@ class TrainResult(NamedTuple):
     summary: Summary | None = None
 
 
+class Ending(NamedTuple):
+    """How a loop ended."""
+
+    step: int  # The last one.
+    stopped: bool  # Whether a signal ended it, so that it is to continue.
+    pairs: np.ndarray | None  # As in an Outcome, of the last evaluation; None where there was none.
+
+
 def train(
     config: TrainConfig, workdir: str | Path, *, changed_data: bool = False, profile: str | Path | None = None
 ) -> TrainResult:
@@ -138,9 +146,12 @@ def _train(config, workdir, *, changed_data, profile):
     supervision = load_supervision(config, train_source, info)
     module = network_of(config, info)
     begun = checkpoint.has_steps(workdir)
-    variables = init_variables(module, seed=config.seed) if begun else initial_variables(module, config, info)
-    if config.probe_first and not (begun or config.linear_probe):
-        variables = probe(module, config, variables, train_source, supervision.constants.class_weights)
+    if begun:  # What the checkpoint holds replaces them.
+        variables = init_variables(module, seed=config.seed)
+    else:
+        variables = initial_variables(module, config, info)
+        if config.probe_first and not config.linear_probe:
+            variables = probe(module, config, variables, train_source, supervision.constants.class_weights)
     fresh = create_state(module, config, epoch, variables)
     total_steps = count_steps(config, epoch) + (0 if config.linear_probe else config.recalibrate)
 
@@ -150,11 +161,7 @@ def _train(config, workdir, *, changed_data, profile):
         checkpoint.TrainingCheckpoints(workdir, keep=config.keep) as checkpoints,
     ):
         state, start = resume(checkpoints, fresh, total_steps)
-        logger.info("%s", describe_run(config, epoch))
-        if not config.linear_probe:
-            logger.info("%s", decay_table(state.params, config.decay, config.frozen))
-        if note := describe_start(jax.default_backend(), jax.config.jax_compilation_cache_dir):
-            logger.info(note)
+        announce(config, epoch, state)
         if parallel.is_first():
             warn_of_pitfalls(config, epoch, train_source, eval_source)
         patience = Patience(config.patience, (row["top1"] for row in evaluations(workdir) if row["step"] <= start))
@@ -184,19 +191,32 @@ def _train(config, workdir, *, changed_data, profile):
                 ending = take_probe(run, module, state, start, train_source, supervision.constants.class_weights)
             else:
                 ending = take_steps(run, state, start, batches)
-    stopped = ending.stopped
-    if stopped:
+    if ending.stopped:
         logger.info("stopped after step %s, which is saved; the same command continues the run", ending.step)
     else:
         logger.info("checkpoints: %s", checkpoints.directory)
-    if not stopped and parallel.is_first():
-        if ending.pairs is not None:
-            write_summary(workdir, summarize(ending.step, ending.pairs, info.num_classes, best_of(workdir)))
-        title = printable(f"{name_of(config.table)} on {config.data}")
-        logger.info("curves: %s", plot_curves(workdir, title=title))
-        with writing(workdir):
-            (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
-    return result_of(workdir, ending.step, finished=not stopped, signal=interruption.number)
+        if parallel.is_first():
+            leave_results(workdir, config, info, ending)
+    return result_of(workdir, ending.step, finished=not ending.stopped, signal=interruption.number)
+
+
+def announce(config: TrainConfig, epoch: Epoch, state: State) -> None:
+    """Report what a run is about to do."""
+    logger.info("%s", describe_run(config, epoch))
+    if not config.linear_probe:
+        logger.info("%s", decay_table(state.params, config.decay, config.frozen))
+    if note := describe_start(jax.default_backend(), jax.config.jax_compilation_cache_dir):
+        logger.info(note)
+
+
+def leave_results(workdir: Path, config: TrainConfig, info: ModelInfo, ending: Ending) -> None:
+    """Write what a finished run leaves beside its checkpoints: a summary, its curves, and a mark that it is over."""
+    if ending.pairs is not None:
+        write_summary(workdir, summarize(ending.step, ending.pairs, info.num_classes, best_of(workdir)))
+    title = printable(f"{name_of(config.table)} on {config.data}")
+    logger.info("curves: %s", plot_curves(workdir, title=title))
+    with writing(workdir):
+        (workdir / workdirs.FINISHED).touch()  # For scripts that start a run again until it is over.
 
 
 def evaluations(workdir: Path) -> list[dict[str, Any]]:
@@ -231,14 +251,6 @@ class Run(NamedTuple):
     checkpoints: checkpoint.TrainingCheckpoints
     interruption: Interruption
     patience: Patience
-
-
-class Ending(NamedTuple):
-    """How a loop ended."""
-
-    step: int  # The last one.
-    stopped: bool  # Whether a signal ended it, so that it is to continue.
-    pairs: np.ndarray | None  # As in an Outcome, of the last evaluation; None where there was none.
 
 
 def take_steps(run: Run, state: State, start: int, batches: Iterable[Any]) -> Ending:
