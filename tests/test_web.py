@@ -258,15 +258,14 @@ def page_parts(ten_classes, package):
 @needs_browser
 def test_the_page_prepares_pictures_to_the_pixel_as_we_do(page_parts, tmp_path):
     model, contents = page_parts
-    rectangles = TORCHVISION_EVAL.with_side((160, 224)), MEGVII_EVAL.with_side((160, 96))
+    rectangles = TORCHVISION_EVAL.with_side((160, 96)), MEGVII_EVAL.with_side((192, 256))
     for number, preprocess in enumerate((TORCHVISION_EVAL, MEGVII_EVAL, *rectangles, model.info.preprocess, GREY)):
         changed = Model(
             model.module,
             model.variables,
             dataclasses.replace(model.info, preprocess=preprocess, in_chans=preprocess.channels),
         )
-        if preprocess is GREY:  # Its network is none of the page's, which only prepares.
-            contents = {**contents, "network": grey_network()}
+        contents = {**contents, "network": network_for(preprocess)}  # The page only prepares.
         html = web.page_of(changed, Signature(), contents, single=False)
         web.write_page(tmp_path / str(number), html, contents, single=False)
         page = browser.Page(tmp_path / str(number))
@@ -282,10 +281,11 @@ def test_the_page_prepares_pictures_to_the_pixel_as_we_do(page_parts, tmp_path):
             page.close()
 
 
-def grey_network():
-    module = module_of(ModelInfo(0.5, "torchvision", 10, GREY, in_chans=1))
+def network_for(preprocess):
+    """The graph of any network that takes images of this size."""
+    module = module_of(ModelInfo(0.5, "torchvision", 10, preprocess, in_chans=preprocess.channels))
     variables = init_variables(module, seed=0)
-    return graph.make_model(module, variables, GREY, batch=1, with_preprocessing=True)[0].SerializeToString()
+    return graph.make_model(module, variables, preprocess, batch=1, with_preprocessing=True)[0].SerializeToString()
 
 
 @needs_browser
