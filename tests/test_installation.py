@@ -244,7 +244,7 @@ def test_a_model_says_what_it_is():
         ({"frozen": "conv1"}, "frozen is 'conv1', but must be a tuple of some of conv1, stage2"),
         ({"frozen": ("stage1",)}, r"frozen is \('stage1',\)"),
         ({"layout": 3}, "layout is 3, but must be one of torchvision, megvii"),
-        ({"lowering": "fast"}, "lowering is 'fast', but must be one of auto, cpu, reference"),
+        ({"lowering": "fast"}, "lowering is 'fast', but must be one of auto, cpu, gpu, reference"),
         ({"small_stem": "yes"}, "small_stem is 'yes', but must be one of False, True"),
         ({"dropout": "0.2"}, r"dropout is '0.2', but must be in \[0, 1\)"),
         ({"dtype": "float23"}, "dtype is 'float23', but must be a type of floats"),

@@ -1,5 +1,6 @@
 """Class names: their order and spelling, and ImageNet's own from the lists of the challenge ILSVRC2012."""
 
+import operator
 import re
 import unicodedata
 from collections import defaultdict
@@ -9,6 +10,7 @@ from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import SupportsIndex
 
 from ..errors import InputError
 from ..files import printable
@@ -32,14 +34,15 @@ def validation_wnids() -> list[str]:
     return path.read_text(encoding="utf-8").split()
 
 
-def class_name(classes: Sequence[str] | None, label: int) -> str:
+def class_name(classes: Sequence[str] | None, label: SupportsIndex) -> str:
     """Return the name of a class as people read it: for ImageNet the short name.
 
     Args:
       classes: name of each label; None gives the label itself.
       label: index of the class.
     """
-    return imagenet_classes().get(classes[label], classes[label]) if classes else str(label)
+    index = operator.index(label)
+    return imagenet_classes().get(classes[index], classes[index]) if classes else str(index)
 
 
 def class_named(folder: str) -> str:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import logging
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -89,8 +90,8 @@ class Source:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Example:
-        return self.read(index)
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        return self.read(operator.index(index))
 
 
 def open_source(
