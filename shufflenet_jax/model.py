@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from . import lowerings
 from .architecture import LAYERS, LAYOUTS, STAGES, Table, fault_of, name_of, resolve_table
 from .batch_groups import BatchGroups
-from .config import LOWERINGS, RENAMED, Initialization, require_whole_number
+from .config import RENAMED, Initialization, require_whole_number
 from .errors import InputError
 from .initialization import can_draw_together, draw_of, draw_together
 
@@ -247,7 +247,6 @@ class ShuffleNetV2(nn.Module):
 
 CHOICES = {  # {setting: the values it may have}
     "layout": LAYOUTS,
-    "lowering": (*LOWERINGS, *RENAMED),
     "initial": get_args(Initialization),
     **dict.fromkeys(("small_stem", "conv5", "remat"), (False, True)),
 }
@@ -256,7 +255,8 @@ SETTINGS = tuple(name for name in ShuffleNetV2.__dataclass_fields__ if name not 
 
 def _require_possible(module: ShuffleNetV2) -> None:
     """Raise InputError where a setting has a value that it cannot have."""
-    for name, values in CHOICES.items():
+    names_of_lowerings = ("auto", *lowerings.MODULES, *RENAMED)  # Read here: users may add a lowering.
+    for name, values in {**CHOICES, "lowering": names_of_lowerings}.items():
         value = getattr(module, name)
         if not any(value is choice or (type(value) is not bool and value == choice) for choice in values):
             raise InputError(f"{name} is {value!r}, but must be one of {', '.join(map(str, values))}")
