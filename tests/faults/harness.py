@@ -120,11 +120,17 @@ class Worker:
             self._process = None
 
 
+class NotStartable(Exception):
+    """The system starts no program with an argument that holds a null byte."""
+
+
 def in_a_process(folder, *, seconds=STARTING + SECONDS):
     """A function like a Worker that runs each command in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def run(argv, cwd):
+        if any("\0" in str(word) for word in argv):
+            raise NotStartable
         began = time.monotonic()
         stdout, stderr = folder / "stdout", folder / "stderr"
         with open(stdout, "wb") as out, open(stderr, "wb") as err:
@@ -252,11 +258,13 @@ class Run:
             self._free.put(worker)
 
     def findings_in_processes(self, indices):
-        """The same, each in a process of its own."""
+        """The same, each in a process of its own; in a worker where its arguments can reach no process."""
         folders = (self.folder / f"process{i}" for i in itertools.count())
 
         def one(index, folder):
-            return run_case(self.seed, index, None, folder, self.originals, in_a_process(folder))
+            with contextlib.suppress(NotStartable):
+                return run_case(self.seed, index, None, folder, self.originals, in_a_process(folder))
+            return self.finding(index)
 
         with ThreadPoolExecutor(len(self._workers)) as pool:
             yield from pool.map(one, indices, folders)
