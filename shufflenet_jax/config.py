@@ -489,6 +489,10 @@ class TrainConfig:
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum):
             why = "the optimizer is adamw" if self.optimizer == "adamw" else "momentum is 0"
             raise InputError(f"nesterov is a form of SGD's momentum, but {why}")
+        if self.patience and self.recalibrate:
+            raise InputError(
+                "patience ends a run before the steps that recalibrate its running statistics; set one of both to 0"
+            )
         if (self.linear_probe or self.probe_first) and not self.init_from:
             raise InputError(
                 "linear_probe and probe_first need the features of a trained network; name one with `init_from`"

@@ -141,6 +141,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(pictures, weights,
         ("--config", "digits", "--width", "none"): "width",
         options(pictures, weights, "--nesterov"): "nesterov is a form of SGD's momentum",
         options(pictures, weights, "--rand-magnitude", 31): "rand_magnitude is 31",
+        options(pictures, weights, "--patience", 2, "--recalibrate", 5): "patience ends a run before the steps",
         options(pictures, weights, "--image-size", "32x32x3"): "--image-size",
         options(pictures, weights, "--image-size", "0x32"): "image_size is (0, 32)",
         options(pictures, weights, "--optimizer", "lion"): "--optimizer",
@@ -191,7 +192,7 @@ def test_the_batch_suits_the_devices_of_a_slice_that_is_not_here():
 def test_the_schedule_of_a_rule_is_printed_and_needs_the_images(call, refused, pictures, weights):
     options = ("--config", "finetune", "--init-from", weights, "--print-schedule")
     status, out, _ = call(train.main, *options, "--data", pictures)
-    assert status == 0 and "36 images, 60 epochs of 3 steps" in out
+    assert status == 0 and "chosen for 36 training images" in out and "36 images, 60 epochs of 3 steps" in out
     assert "cifar10" in refused(train.main, *options, "--data", "tfds:cifar10", "--data-dir", pictures)
 
 

@@ -133,13 +133,15 @@ class HelpFormatter(simple_parsing.SimpleHelpFormatter):
 def print_schedule(config, picture):
     """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
     source = open_training_data(config)
-    config, _ = settle(config, source, {})
+    config, chosen = settle(config, source, {})
     epoch = Epoch(len(source), parallel.plan_for_devices(config))
     total, warmup = count_steps(config, epoch), count_warmup(config, epoch)
     schedule = jax.jit(jax.vmap(make_schedule(config, epoch)))
     edges = {warmup - 1, warmup} if warmup else set()
     steps = np.array(sorted({*edges, *range(0, total, -(-total // 20)), total - 1}))
     rates, highest = schedule(steps), peak_rate(config) or 1.0
+    if chosen:
+        print(chosen.text)
     print(f"{describe_run(config, epoch)}\n{'step':>10}{'epoch':>9}{'learning rate':>15}")
     for step, rate in zip(steps, rates, strict=True):
         bar = "#" * round(float(40 * rate / highest))

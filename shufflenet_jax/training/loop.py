@@ -484,7 +484,8 @@ def make_report(config, log, epoch, classes):
             accuracy = (
                 f"top-1{whose} {row['top1']:.2f} %, balanced {row['balanced_accuracy']:.2f} %, loss {row['loss']:.4f}"
             )
-            logger.info("step %s, epoch %.1f: %s", step, row["epoch"], accuracy)
+            when = "linear probe" if config.linear_probe else f"step {step}, epoch {row['epoch']:.1f}"
+            logger.info("%s: %s", when, accuracy)
         if pairs is not None:
             warn_of_collapse(step, np.bincount(pairs[:, 1]), row["top1"], row["lr"], classes)
 
