@@ -47,10 +47,10 @@ test: lint
 test-newest: $(NEWEST_VENV)/test.stamp
 	$(NEWEST_VENV)/bin/python -m pytest $(CORE_TESTS)
 
-# The long proofs, some two hours; SHARE=0.1 runs a tenth of them.
+# The long tests, some two hours; SHARE=0.1 runs a tenth of them.
 prove: export SHARE ?= 1
 prove: $(VENV)/test.stamp
-	$(BIN)/python -m pytest proofs
+	$(BIN)/python -m pytest tests/slow
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """README and docs as their readers use them: the commands and the Python of a page in order, and what readers have.
 
-`tests/test_docs.py` follows README, `proofs/test_docs.py` the pages of docs; those in LONG take minutes.
+`tests/test_docs.py` follows README, `tests/slow/test_docs.py` the pages of docs; those in LONG take minutes.
 """
 
 import io

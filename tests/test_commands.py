@@ -159,7 +159,6 @@ def real_models(shared, tmp_path_factory):
     ("name", "data", "images", "top1", "top5", "lowering"),
     [
         ("mmpretrain", "imagenet-val227", 650, 466, 592, "auto"),
-        ("torchvision", "imagenet-val227", 650, 466, 592, "auto"),
         ("mmpretrain", "imagenet-original", 201, 161, 189, "auto"),
         ("mmpretrain", "imagenet-original", 201, 161, 189, "reference"),
         ("torchvision", "imagenet-original", 201, 162, 189, "auto"),

@@ -177,20 +177,3 @@ def test_eval_under_every_preprocessing(ten_classes, call):
         assert len(set(names)) == len(names) == count
         assert line[44:].split() == [str(count), *", ".join(names[:3] + ["..."] * (count > 3)).split()]
     assert all(figures["images"] == 12 for figures in found.values())
-
-
-@pytest.mark.real_data
-def test_one_image_with_exif_separates_torchvision_from_mmpretrain(shared, call):
-    argv = ("--checkpoint", shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth", "--preprocess", "all")
-    status, out, stderr = call(evaluate.main, *argv, "--data", shared / "imagenet-original")
-    assert status == 0, stderr
-    assert (figures_of(out)["top1_correct"], figures_of(out)["top5_correct"]) == (161, 189)
-    theirs = figures_of(out)["preprocess"]["as torchvision does"]
-    assert (theirs["top1_correct"], theirs["top5_correct"], theirs["flips"]) == (162, 189, 1)
-    (told,) = (line for line in out.splitlines() if line.startswith("as torchvision does"))
-    assert told.endswith("n02951585/n02951585_can_opener.JPEG")
-    # It is EXIF's rotation that separates them, not what decodes.
-    found = figures_of(out)["preprocess"]
-    assert found["EXIF's rotation ignored"]["flipped"] == theirs["flipped"]
-    assert found["EXIF's rotation ignored"]["top1_correct"] == 162
-    assert (found["decoded by Pillow"]["flips"], found["decoded by Pillow"]["top1_correct"]) == (0, 161)

@@ -1,4 +1,4 @@
-"""The harness of tests/faults: what it notices, and all that once broke the rule; proofs/test_faults.py runs it."""
+"""The harness of tests/faults: what it notices, and all that once broke the rule; tests/slow/test_faults.py runs it."""
 
 import os
 import resource

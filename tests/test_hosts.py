@@ -2,22 +2,19 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, figures_of
-from small_training import TINY_TABLE, interrupted
+from small_training import TINY_TABLE
 
 from shufflenet_jax import checkpoint, parallel
 from shufflenet_jax.commands import evaluate, train
-from shufflenet_jax.training import loop
 
 # In float64, with a small learning rate lest the network amplify rounding, over two uneven last batches.
 RUN = (
@@ -125,22 +122,6 @@ def test_two_processes_with_two_devices_each_train_as_one_with_four_and_one_with
     ((status, _, told),) = end([start(tmp_path / "run", devices=1)])
     assert status == 0 and f"continuing after step {stopped}" in told and "on 1 device(s)" in told
     assert_same_run(tmp_path / "run", alone)
-
-
-def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, tmp_path, monkeypatch, call):
-    workdir = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "shown", interrupted(loop.shown, 6, signal.SIGTERM))
-        status, _, told = call(train.main, *RUN, "--workdir", workdir)
-    assert status == 0 and "stopped after step 7, which is saved" in told
-    began = time.monotonic()
-    (status, _, told), (killed, _, _) = end(start_two(workdir, at=((), ("--at", "10", "SIGKILL"))))
-    assert killed == -signal.SIGKILL and status not in (0, killed) and time.monotonic() - began < 120
-    errors = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "continuing after step 7" in told and len(errors) == 1 and "its output says why" in errors[0]
-    status, _, told = call(train.main, *RUN, "--workdir", workdir)
-    assert status == 0 and "continuing after step 7" in told
-    assert_same_run(workdir, alone)
 
 
 def test_two_processes_evaluate_as_one(alone, call):

@@ -1,4 +1,4 @@
-"""Which runs continue, on which data, and how far: tests/workdir_changes.py has the changes, proofs/ tries all."""
+"""Which runs continue, on which data, and how far: tests/workdir_changes.py has the changes, tests/slow/ tries all."""
 
 import json
 import shutil

@@ -81,7 +81,7 @@ def test_a_table_that_cannot_be_has_a_reason(layout, channels, repeats, reason):
 # Against PyTorch
 
 
-@pytest.mark.parametrize("dialect", ["torchvision", "megvii"])  # Others differ in names; proofs/test_tables.py has all.
+@pytest.mark.parametrize("dialect", ["torchvision", "megvii"])  # tests/slow has all.
 def test_a_network_of_a_random_table_is_pytorchs_in_every_form(dialect, tmp_path):
     table = random_table(0, dialects.DIALECTS[dialect].layout)
     assert_network_is_pytorchs(dialect, table._replace(repeats=(1, 2, 1)), tmp_path)

@@ -614,11 +614,9 @@ def test_three_steps_from_the_real_weights_on_real_images_are_pytorchs_in_float6
     recipe = {"mixup": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "warmup_steps": 1}
     step = Step(*real_steps, groups=2, **recipe)
     theirs, their_loss = step.in_pytorch("float64")
-    for lowering in ("auto", "gpu"):
-        ours, our_loss = step.in_jax("float64", lowering)
-        assert_allclose(our_loss, their_loss, rtol=1e-9)
-        # A wrong term in any gradient is far above.
-        assert_same_to(1e-7, ours, theirs)
+    ours, our_loss = step.in_jax("float64")
+    assert_allclose(our_loss, their_loss, rtol=1e-9)
+    assert_same_to(1e-7, ours, theirs)  # A wrong term in any gradient is far above.
 
 
 @pytest.mark.real_data

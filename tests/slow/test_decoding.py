@@ -5,7 +5,7 @@ import os
 import image_files
 import pytest
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 # Pillow 13 announces that it will read this format no longer.
 pytestmark = pytest.mark.filterwarnings("ignore:IM image format is deprecated:DeprecationWarning")

@@ -1,18 +1,12 @@
 """The pages of docs, followed as `tests/test_docs.py` follows README: in shares those that start benchmarks."""
 
 import os
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import pages
-from conftest import call, own_cache  # noqa: F401
+import pytest
 from pages import reader, things  # noqa: F401
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SHORT = [page.stem for page in pages.PAGES if page.parent.name == "docs" and page.stem not in pages.LONG]
 FOLLOWED = [*SHORT, *pages.LONG[: max(1, round(len(pages.LONG) * SHARE))]]
 

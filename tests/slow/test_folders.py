@@ -5,7 +5,7 @@ import os
 import pytest
 import random_trees
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 CASES = max(1, round(500 * SHARE))
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+ROOT = Path(__file__).parents[2]
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 MINUTES = 45 * SHARE
 IMAGES = {"train": 4096, "test": 1024}
 EVERY = 5  # Seconds between two looks at the process.

@@ -7,7 +7,7 @@ import pytest
 import workdir_changes
 from small_training import few_units
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SHOWN = list(workdir_changes.CHANGES)[:: max(1, round(1 / SHARE))]
 
 

@@ -14,7 +14,7 @@ from shufflenet_jax.commands.console import run
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.porting import dialects
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the proof that is to be run.
+SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 
 
