@@ -1,8 +1,10 @@
 """A training that loses one of its hosts."""
 
+import os
 import signal
 import time
 
+import pytest
 from small_training import interrupted
 from test_hosts import RUN, alone, assert_same_run, end, start_two  # noqa: F401
 
@@ -10,6 +12,7 @@ from shufflenet_jax.commands import train
 from shufflenet_jax.training import loop
 
 
+@pytest.mark.skipif(float(os.environ.get("SHARE", "1")) < 1, reason="SHARE asks for a part of the long tests")
 def test_a_run_goes_on_in_two_processes_and_after_one_of_them_was_killed(alone, tmp_path, monkeypatch, call):  # noqa: F811
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:

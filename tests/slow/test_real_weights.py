@@ -1,5 +1,7 @@
 """Real weights on real images, where the short tests take fewer images or another lowering."""
 
+import os
+
 import pytest
 from conftest import figures_of
 from numpy.testing import assert_allclose
@@ -9,6 +11,7 @@ from test_training import Step, assert_same_to, real_steps  # noqa: F401
 from shufflenet_jax.commands import evaluate, from_torch, prepare
 
 pytestmark = pytest.mark.real_data
+in_full = pytest.mark.skipif(float(os.environ.get("SHARE", "1")) < 1, reason="SHARE asks for a part of the long tests")
 
 
 def test_the_official_tar_gives_the_reference_counts(shared, card_at_hand, tmp_path, call):
@@ -35,12 +38,14 @@ def test_the_official_tar_gives_the_reference_counts(shared, card_at_hand, tmp_p
     assert "top1 is 71.69, not 69.55 as --expect-top1 expects" in stderr
 
 
+@in_full
 def test_torchvisions_names_give_the_same_counts(shared, call):
     argv = ("--checkpoint", shared / "weights/shufflenet_v2_x1_0_torchvision.pth", "--data", shared / "imagenet-val227")
     status, _, stderr = call(evaluate.main, *argv, "--expect-top1-correct", 466, "--expect-top5-correct", 592)
     assert status == 0, stderr
 
 
+@in_full
 def test_one_image_with_exif_separates_torchvision_from_mmpretrain(shared, call):
     argv = ("--checkpoint", shared / "weights/shufflenet_v2_x1_0_mmpretrain.pth", "--preprocess", "all")
     status, out, stderr = call(evaluate.main, *argv, "--data", shared / "imagenet-original")
@@ -57,6 +62,7 @@ def test_one_image_with_exif_separates_torchvision_from_mmpretrain(shared, call)
     assert (found["decoded by Pillow"]["flips"], found["decoded by Pillow"]["top1_correct"]) == (0, 161)
 
 
+@in_full
 def test_three_steps_for_gpus_are_pytorchs_in_float64(x64, real_steps):  # noqa: F811
     recipe = {"mixup": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "warmup_steps": 1}
     step = Step(*real_steps, groups=2, **recipe)
