@@ -10,12 +10,13 @@ INSTALL = -m pip install --quiet $(if $(PINS),-c $(PINS))
 # The newest Python here, on which the core is tested: without PyTorch and ONNX, and with the newest JAX.
 NEWEST ?= $(firstword $(foreach minor,14 13 12,$(if $(shell python3.$(minor) -c 'print(1)' 2>&1 | grep -x 1),python3.$(minor))) $(PYTHON))
 NEWEST_VENV := .venv-newest
+DOCS_VENV := .venv-docs
 # The files of tests that need no package of an extra; one test imports every module, also those that need PyTorch.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 	augment compatibility config data decoding files installation jpeg parallel survey transformations workdir)) \
 	--deselect tests/test_transformations.py::test_importing_the_package_changes_no_setting_of_the_process
 
-.PHONY: demo test test-newest prove lint audit constraints clean
+.PHONY: demo test test-newest prove lint docs audit constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo.stamp: requirements.txt pyproject.toml
@@ -57,6 +58,17 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(DOCS_VENV)/docs.stamp: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python $(INSTALL) -r docs/requirements.txt
+	@touch $@
+
+# Builds the site of docs/ and of the docstrings, without JAX; a warning is an error. Material's notice about the future
+# of MkDocs is no warning about the pages.
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "open site/index.html"
+
 # Whether advisories are known of what is installed; asks a service for them, and fails where it cannot.
 audit: $(VENV)/test.stamp
 	$(PYTHON) -m venv $(VENV)/audit
@@ -70,4 +82,4 @@ constraints: $(VENV)/test.stamp $(NEWEST_VENV)/test.stamp
 	(echo '# Written by `make constraints`.'; $(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable) > constraints-newest.txt
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) .cache runs
+	rm -rf $(VENV) $(NEWEST_VENV) $(DOCS_VENV) .cache runs site

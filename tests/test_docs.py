@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from pages import PAGES, reader, things  # noqa: F401
 
+import shufflenet_jax
 from shufflenet_jax.commands.parsing import CommandLine
 
 
@@ -56,6 +57,11 @@ def test_every_command_is_accepted_by_its_parser(words, monkeypatch):
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_api_reference_has_every_public_name():
+    shown = re.findall(r"^::: shufflenet_jax\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    assert sorted(shown) == sorted({*shufflenet_jax.__all__, "load"} - {"__version__"})
 
 
 def test_the_commands_and_the_python_of_the_readme_run_in_their_order(reader, call):  # noqa: F811
