@@ -15,7 +15,7 @@ from .architecture import STAGES
 from .lowerings import reference
 from .model import EPSILON, ShuffleNetV2
 
-# For CPUs: no fusions for YNNPACK, which take over nearly all matrix products (docs/faster.md).
+# For CPUs: no fusions for YNNPACK, which take over nearly all matrix products (docs/laboratory.md).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 VECTOR = 16  # Numbers that a CPU computes at once; products whose outputs are whole vectors take up to a quarter less.
 

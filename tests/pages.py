@@ -36,7 +36,7 @@ SCRIPTS = {
     "convert/from_torch.py": from_torch.main,
     "convert/to_torch.py": to_torch.main,
 }
-LONG = ("hosts", "training", "faster")
+LONG = ("hosts", "training", "faster", "laboratory")
 # The commands keep their words; these behind them make them short.
 SHORTER = {
     "train": shlex.split(
