@@ -1,5 +1,6 @@
 """What README and docs tell people to type."""
 
+import ast
 import json
 import re
 import shutil
@@ -62,6 +63,39 @@ def test_every_link_leads_somewhere(page):
 def test_the_api_reference_has_every_public_name():
     shown = re.findall(r"^::: shufflenet_jax\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.M)
     assert sorted(shown) == sorted({*shufflenet_jax.__all__, "load"} - {"__version__"})
+
+
+def as_option(argument):
+    return f"--{argument[1].replace('_', '-')}"
+
+
+def messages_of_the_package():
+    """Yield each text in the package that may be a message, as its parts before, between and behind values."""
+    for path in (ROOT / "shufflenet_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "%s" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in within:
+                text = node.value.replace("%%", "%")
+            else:
+                continue
+            parts = re.split(r"%(?:s|d|[.0-9]+[fg])", re.sub(r"`(\w+)`", as_option, text))
+            if sum(map(len, parts)) >= 15:  # Else it fits too much.
+                yield parts
+
+
+def fits(line, parts):
+    """Whether a line ends with these parts; what names the level or the file may stand before them."""
+    return all(part in line for part in parts) and re.search(".*".join(map(re.escape, parts)) + "$", line)
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package():
+    blocks = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs/troubleshooting.md").read_text(), re.M | re.S)
+    messages = list(messages_of_the_package())
+    for line in "".join(blocks).splitlines():
+        assert any(fits(line, parts) for parts in messages), line
 
 
 def test_the_commands_and_the_python_of_the_readme_run_in_their_order(reader, call):  # noqa: F811
