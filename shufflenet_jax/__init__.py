@@ -1,11 +1,13 @@
-"""ShuffleNetV2 in JAX/Flax, with every published weight importable and proven equal.
+"""ShuffleNetV2 in JAX/Flax: the network, PyTorch checkpoints, training, evaluation and export.
+
+Conversion compares each checkpoint of MMPretrain, torchvision, Megvii or ericsun99 with PyTorch, stage by stage.
 
 >>> import shufflenet_jax as snet
 >>> model = snet.get_model("shufflenet_v2_x1_0", pretrained=True)
 >>> snet.inference_model(model, "bird.jpg")["pred_class"]
 >>> module, variables = snet.load("shufflenet_v2_x1_0")
 >>> logits, features = module.apply(variables, images)
->>> snet.finetune("FOLDER")  # a Model for one's own classes
+>>> snet.finetune("FOLDER")  # a Model for your own classes
 >>> snet.train(snet.PRESETS["digits"], "runs/digits").best.top1
 """
 
@@ -71,7 +73,7 @@ def __dir__() -> list[str]:
 def load(
     checkpoint: Any, *, num_classes: int | None = None, in_chans: int | None = None, **settings: Any
 ) -> tuple[Any, Any]:
-    """The network in a checkpoint, for a Flax loop of your own.
+    """Return the network of a checkpoint, for a Flax loop of your own.
 
     Args:
       checkpoint: a published name, a model directory, a training workdir (its best checkpoint, else the latest), one
