@@ -1,6 +1,6 @@
-"""Links of the pages to files of the repository, as GitHub follows them: the site gets a page for each linked file.
+"""What MkDocs needs to show pages that GitHub shows, too: their links to files of the repository, and narrow screens.
 
-MkDocs calls the functions `on_...`.
+The site gets a page for each linked file. MkDocs calls the functions `on_...`.
 """
 
 import json
@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 FOLDER = "repository"  # Of the site: README.md is the page repository/README.md, train.py is repository/train.py.md.
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
+SHORT, LONG = 28, 60  # Characters: of code that stays on one line, of text that makes a cell of a table wide.
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(?=[)#])")
 
 
@@ -81,3 +82,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     parts = FENCE.split(markdown)
     parts[::2] = [LINK.sub(to_page, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, **kwargs: object) -> str:
+    """Mark short code and long cells of tables, whose widths pages.css sets."""
+    del kwargs
+    html = re.sub(rf"<code>(?=[^<]{{1,{SHORT}}}</code>)", '<code class="short">', html)
+
+    def to_cell(match: re.Match[str]) -> str:
+        text = re.sub("<[^>]*>", "", match[1])
+        return f'<td class="long">{match[1]}</td>' if len(text) >= LONG else match[0]
+
+    return re.sub("<td>(.*?)</td>", to_cell, html)
