@@ -17,9 +17,8 @@ from .installation import require_system
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .environment import enable_compilation_cache
-    from .inference import Model, get_model, inference_model
+    from .inference import Model, get_model, inference_model, list_models
     from .model import ShuffleNetV2
-    from .published import list_models
     from .recipes import PRESETS
     from .training.finetuning import finetune
     from .training.loop import TrainResult, train
@@ -51,7 +50,7 @@ _PLACES = {
     "finetune": "training.finetuning",
     "get_model": "inference",
     "inference_model": "inference",
-    "list_models": "published",
+    "list_models": "inference",
     "train": "training.loop",
 }
 
