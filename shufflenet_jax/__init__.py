@@ -17,7 +17,7 @@ from .installation import require_system
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .environment import enable_compilation_cache
-    from .inference import Model, get_model, inference_model, list_models
+    from .inference import Backbone, Model, get_model, inference_model, list_models
     from .model import ShuffleNetV2
     from .recipes import PRESETS
     from .training.finetuning import finetune
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here.
 __all__ = [
     "PRESETS",
+    "Backbone",
     "Model",
     "ShuffleNetV2",
     "TrainConfig",
@@ -42,6 +43,7 @@ __all__ = [
 
 _PLACES = {
     "PRESETS": "recipes",
+    "Backbone": "inference",
     "Model": "inference",
     "ShuffleNetV2": "model",
     "TrainConfig": "config",

@@ -16,6 +16,7 @@ from PIL import Image
 
 from .accounting import count, total
 from .architecture import TABLES
+from .backbone import FeatureInfo, drop_layers, feature_info_of, resolve_levels
 from .checkpoint import FIXED, module_of, save_model
 from .config import ModelInfo, require_whole_number
 from .data import normalization
@@ -216,6 +217,44 @@ class Model:
         return compile_deployed(partial(forward, self.deployed[0], self.info.preprocess))
 
 
+class Backbone:
+    """A network that ends with feature maps, for detectors and other heads.
+
+    Attributes:
+      module: a ShuffleNetV2; `module.apply(variables, images)` returns (None, {name: map}).
+      variables: its {"params", "batch_stats"}, as NumPy arrays: those of the layers that the maps need.
+      info: a ModelInfo: how images are prepared.
+      feature_info: name, channels and reduction of each map.
+    """
+
+    def __init__(self, module: ShuffleNetV2, variables: Any, info: ModelInfo) -> None:
+        self._model = Model(module, variables, info)
+        self.module, self.variables, self.info = module, variables, info
+        self.feature_info: FeatureInfo = feature_info_of(module)
+
+    def __repr__(self) -> str:
+        maps = ", ".join(f"{level.name} ({level.channels}, 1/{level.reduction})" for level in self.feature_info)
+        return f"<Backbone: ShuffleNetV2 {describe(self.module)}; {maps}>"
+
+    def __call__(self, images: Ready | AnyImages) -> list[Float[Array, "batch height width channels"]]:
+        """Return the feature maps of images, which are given as to a Model: arrays (B, H, W, C) of any resolution."""
+        features = self._model.extract_feat(images)
+        return [features[level.name] for level in self.feature_info]
+
+    def preprocess(self, images: AnyImages) -> UInt8[np.ndarray, "batch crop_height crop_width channels"]:
+        """Return the evaluation transform of images, as `Model.preprocess` does."""
+        return self._model.preprocess(images)
+
+    def normalize(self, images: Pixels) -> Float[Array, "batch height width channels"]:
+        """Return what the network takes of uint8 images in RGB or grey of any resolution, for loops of your own."""
+        return self._model.normalize(images)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last map."""
+        return self.feature_info[-1].channels
+
+
 def _to_prepare(images: Any) -> bool:
     """Return whether the model must prepare images first: all but arrays (B, H, W, C), of floats, or in a program."""
     if isinstance(images, jax.core.Tracer) or not hasattr(images, "ndim"):
@@ -233,6 +272,14 @@ def _warn_of_crops(images: Sequence[Named], size: tuple[int, int]) -> None:
         )
 
 
+@overload
+def get_model(
+    name: str | Path, pretrained: bool = False, *, features_only: Literal[False] = False, **settings: Any
+) -> Model: ...
+@overload
+def get_model(
+    name: str | Path, pretrained: bool = False, *, features_only: Literal[True], **settings: Any
+) -> Backbone: ...
 def get_model(
     name: str | Path,
     pretrained: bool = False,
@@ -240,9 +287,11 @@ def get_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     conv5: bool | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Model:
+) -> Model | Backbone:
     """A model by its published name, or from a checkpoint of your own.
 
     Args:
@@ -255,6 +304,8 @@ def get_model(
         colours; for others it repeats them and scales them down (see `loading.adapt_channels`). Image files have
         colours or grey: give a model of other channels arrays.
       conv5: False ends the network after stage4, where no classifier fits: set `num_classes` to 0.
+      features_only: return a Backbone, which computes feature maps alone, without the layers behind them.
+      out_indices: which feature maps, ascending: 0 conv1, 1 stem, 2 to 4 stage2 to stage4; by default all.
       seed: of what is made anew.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`; of fresh models also `channels`
         and `repeats`.
@@ -262,6 +313,12 @@ def get_model(
       InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
     """
     require_whole_number("seed", seed, 0)
+    if features_only:
+        if num_classes or conv5:
+            raise InputError("a backbone ends with its feature maps; leave num_classes and conv5 out")
+        num_classes, conv5, outputs = 0, False, resolve_levels(out_indices)
+    elif out_indices is not None:
+        raise InputError("out_indices choose the feature maps of a backbone; set features_only, or leave them out")
     if str(name) in PUBLISHED and not pretrained:
         info = published_info(str(name))
         module = module_of(info, **settings)
@@ -275,9 +332,10 @@ def get_model(
     require_whole_number("num_classes", num_classes, 0)
     require_whole_number("in_chans", in_chans, 1)
     num_classes, in_chans = int(num_classes), int(in_chans)  # NumPy's are no numbers for JSON.
-    if (num_classes, in_chans, conv5) == (info.num_classes, info.in_chans, info.conv5):
-        return Model(module, variables, info)
-    return _adapted(module, variables, info, num_classes, in_chans, conv5, seed)
+    model = Model(module, variables, info)
+    if (num_classes, in_chans, conv5) != (info.num_classes, info.in_chans, info.conv5):
+        model = _adapted(module, variables, info, num_classes, in_chans, conv5, seed)
+    return Backbone(*drop_layers(model.module, model.variables, outputs), model.info) if features_only else model
 
 
 @overload
