@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .installation import require_system
 
 if TYPE_CHECKING:
+    from . import nnx
     from .config import TrainConfig
     from .environment import enable_compilation_cache
     from .inference import Backbone, Model, get_model, inference_model, list_models
@@ -38,6 +39,7 @@ __all__ = [
     "inference_model",
     "list_models",
     "load",
+    "nnx",
     "train",
 ]
 
@@ -62,6 +64,9 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         require_system()
         return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    if name == "nnx":
+        require_system()
+        return import_module(".nnx", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

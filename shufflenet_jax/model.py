@@ -304,12 +304,15 @@ def _require_outputs(module: ShuffleNetV2) -> None:
         raise InputError("a network with outputs ends with them; set num_classes to 0 and conv5 to False")
 
 
-def init_variables(module, *, seed=0):
+def init_variables(module, *, seed=0, key=None):
     """Fresh variables of a ShuffleNetV2, {"params", "batch_stats"}, from a seed: those that `module.init` gives.
 
-    They are NumPy arrays.
+    They are NumPy arrays. A key, if given, stands for that of the seed; inside a program, where it has no value yet,
+    the variables are a part of the program.
     """
-    key = jax.random.key(seed)
+    key = jax.random.key(seed) if key is None else key
+    if isinstance(key, jax.core.Tracer):
+        return module.init(key, _smallest_images(module))
     if not can_draw_together(_stored(module.dtype)):
         return jax.tree.map(np.asarray, jax.jit(module.init)(key, _smallest_images(module)))
     variables, draws = {}, {}
