@@ -103,7 +103,8 @@ def test_gradients_and_statistics_are_those_of_linen_in_float64(settings, x64):
 def test_fresh_weights_are_those_that_linen_draws():
     net = snet.nnx.ShuffleNetV2(**TINY, rngs=nnx.Rngs(7))
     expected = jax.jit(net.module.init)(nnx.Rngs(7).params(), IMAGES)
-    assert_same(net.linen_variables(), expected)
+    # Compilers multiply by a scale before or after the other factors.
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=3e-7), net.linen_variables(), expected)
     assert_same(
         snet.nnx.ShuffleNetV2(**TINY).linen_variables(),
         snet.nnx.ShuffleNetV2(**TINY, rngs=nnx.Rngs(0)).linen_variables(),
