@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from .installation import require_system
 
 if TYPE_CHECKING:
+    from . import nnx
     from .config import TrainConfig
     from .environment import enable_compilation_cache
-    from .inference import Model, get_model, inference_model
+    from .inference import Backbone, Model, get_model, inference_model, list_models
     from .model import ShuffleNetV2
-    from .published import list_models
     from .recipes import PRESETS
     from .training.finetuning import finetune
     from .training.loop import TrainResult, train
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here.
 __all__ = [
     "PRESETS",
+    "Backbone",
     "Model",
     "ShuffleNetV2",
     "TrainConfig",
@@ -40,11 +41,13 @@ __all__ = [
     "inference_model",
     "list_models",
     "load",
+    "nnx",
     "train",
 ]
 
 _PLACES = {
     "PRESETS": "recipes",
+    "Backbone": "inference",
     "Model": "inference",
     "ShuffleNetV2": "model",
     "TrainConfig": "config",
@@ -53,7 +56,7 @@ _PLACES = {
     "finetune": "training.finetuning",
     "get_model": "inference",
     "inference_model": "inference",
-    "list_models": "published",
+    "list_models": "inference",
     "train": "training.loop",
 }
 
@@ -63,6 +66,9 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         require_system()
         return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    if name == "nnx":
+        require_system()
+        return import_module(".nnx", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -13,6 +13,7 @@ from .errors import InputError
 STAGES = ("stage2", "stage3", "stage4")
 COLUMNS = ("stem", *STAGES, "conv5")  # What each number of a table's channels counts.
 LAYERS = ("conv1", *STAGES, "conv5")  # The backbone, as parameter paths name it.
+LEVELS = ("conv1", "stem", *STAGES)  # What `out_indices` of a backbone count: each has half of the resolution before.
 FEATURES = (*COLUMNS, "pooled")  # The outputs that a network returns beside its logits.
 Layout = Literal["torchvision", "megvii"]  # How units are wired; "megvii" is the authors' own release.
 LAYOUTS = get_args(Layout)

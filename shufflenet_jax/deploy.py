@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import lowerings
-from .architecture import STAGES
 from .lowerings import reference
 from .model import EPSILON, ShuffleNetV2
 
@@ -48,8 +47,9 @@ class Deployed:
 
         right_branch = "right_pw1", "right_dw", "right_pw2"
         x = layers(images.astype(dtype), params, "conv1", stride=1 if module.small_stem else 2)
+        features = {"conv1": x} if module.outputs else {}
         x = x if module.small_stem else lower.max_pool(x)
-        features = {"stem": x}
+        features["stem"] = x
         for stage, steps, positions in plans(module, params):
             unit = params[f"{stage}_unit0"]
             pieces = [layers(x, unit, "left_dw", "left_pw", stride=2), layers(x, unit, *right_branch, stride=2)]
@@ -59,6 +59,8 @@ class Deployed:
                 pieces = [*(pieces[piece][..., channels] for piece, channels in step.left), right]
             x = jnp.concatenate(pieces, -1)
             features[stage] = x[..., np.argsort(positions)]
+        if module.outputs is not None:
+            return None, {name: features[name] for name in module.outputs}
         if not module.conv5:
             return None, features
 
@@ -173,7 +175,7 @@ def _as_slice(indices):
 
 def plans(module, params):
     """(stage, its steps, positions) for each stage of folded parameters; positions are as `plan` has them."""
-    for stage, units in zip(STAGES, module.table.repeats, strict=True):
+    for stage, units in zip(module.stages, module.table.repeats, strict=False):
         left, right = (len(params[f"{stage}_unit0"][name]["conv"]["bias"]) for name in ("left_pw", "right_pw2"))
         yield stage, *plan(left + right, left, units, module.layout)
 

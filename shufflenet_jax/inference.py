@@ -1,28 +1,89 @@
 """Models for people who want predictions: a network, its weights and the way its images are prepared, in one object."""
 
 import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from .accounting import count, total
 from .architecture import TABLES
-from .checkpoint import FIXED, module_of
+from .backbone import FeatureInfo, drop_layers, feature_info_of, resolve_levels
+from .checkpoint import FIXED, module_of, save_model
 from .config import ModelInfo, require_whole_number
-from .data import geometry
+from .data import normalization
 from .data.labels import class_name, imagenet_classes
 from .deploy import compile_deployed, deploy
 from .errors import InputError
-from .files import path_of, read_file
 from .forward import forward
+from .images import AnyImages, Named, are_several, listed, prepare_all
 from .loading import adapt_channels, load_model
 from .model import ShuffleNetV2, describe, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
+
+logger = logging.getLogger(__name__)
+
+BATCH = 16  # Images that `inference_model` and `predict` give the network at a time.
+Pixels = UInt8[np.ndarray | Array, "batch height width channels"]
+Ready = Pixels | Float[np.ndarray | Array, "batch height width channels"]
+Ranked = TypedDict("Ranked", {"label": int, "class": str, "score": float})
+
+
+class Prediction(TypedDict):
+    """What a model sees in an image; the first four keys are MMPretrain's.
+
+    Attributes:
+      pred_label: the class with the highest score.
+      pred_class: its name.
+      pred_score: its probability.
+      pred_scores: the probability of each class.
+      topk: the best classes, the best first, where they were asked for.
+    """
+
+    pred_label: int
+    pred_class: str
+    pred_score: float
+    pred_scores: Float[np.ndarray, " num_classes"]
+    topk: NotRequired[list[Ranked]]
+
+
+class PublishedFigures(TypedDict):
+    """Published weights and what their network costs, in JSON's types.
+
+    Attributes:
+      name: how `get_model` and every command call them.
+      parameters: of the network, without batch norm's running statistics.
+      multiply_adds: of one image, at the resolution of the published evaluation.
+      width: a key of architecture.TABLES.
+      layout: how the units are wired.
+      top1: percent on ImageNet's validation images, as published.
+      top5: the same.
+      source: the project that publishes them.
+      licence: of the weights.
+      file: its name.
+      url: where it lies; None where no program can fetch it.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    width: float
+    layout: str
+    top1: float
+    top5: float
+    source: str
+    licence: str
+    file: str
+    url: str | None
 
 
 class Model:
@@ -41,29 +102,65 @@ class Model:
         (height, width), channels = self.info.preprocess.size, self.info.in_chans
         return f"<Model: ShuffleNetV2 {describe(self.module)}, for images of {height} x {width} x {channels}>"
 
-    def __call__(self, images: Any) -> jax.Array:
-        """Logits (B, num_classes) of images (B, H, W, C): uint8 in RGB or grey from `preprocess`, or floats as the
-        network takes them, normalised already."""
+    def __call__(self, images: Ready | AnyImages) -> Float[Array, "batch num_classes"]:
+        """Return the logits of images.
+
+        Args:
+          images: an array (B, H, W, C), as it is: uint8 in RGB or grey from `preprocess`, which is normalized, or
+            floats as the network takes them, normalized already. Or what `preprocess` takes (paths, addresses, Pillow
+            images, single arrays, lists of these), which is prepared first.
+
+        Raises:
+          InputError: the model has no classifier, or something is not an image.
+        """
         if not self.info.num_classes:
             raise InputError("the model has no classifier; use extract_feat, or get_model with num_classes")
         return self.outputs(images)[0]
 
-    def extract_feat(self, images: Any) -> dict[str, jax.Array]:
-        """{"stem", "stage2", "stage3", "stage4", "conv5": (B, h, w, C), "pooled": (B, C)} of images as above."""
+    def extract_feat(self, images: Ready | AnyImages) -> dict[str, Float[Array, "batch *height_width channels"]]:
+        """Return {"stem", "stage2", "stage3", "stage4", "conv5": (B, h, w, C), "pooled": (B, C)} of images as above."""
         return self.outputs(images)[1]
 
-    def preprocess(self, image: Any, *, name: str | None = None) -> np.ndarray:
-        """The evaluation transform of one image, uint8 (1, side, side, C), ready for the model.
+    def preprocess(
+        self, images: AnyImages, *, name: str | None = None
+    ) -> UInt8[np.ndarray, "batch crop_height crop_width channels"]:
+        """Return the evaluation transform of images, ready for the model.
 
         Args:
-          image: a path, encoded bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey. A Pillow
-            image of any mode gives what a file with its content gives, EXIF's rotation included.
-          name: what errors call it; by default its path.
+          images: a path, an http(s) address, encoded bytes, a Pillow image, a uint8 array (H, W, 3) in RGB or (H, W) in
+            grey, a list of these in any mixture, or a uint8 array (B, H, W, C) of images. A Pillow image of any mode
+            gives what a file with its content gives, EXIF's rotation included.
+          name: what errors call the image; by default its path, address or place in the list.
+
         Raises:
-          InputError: it is no image.
+          InputError: something is not an image, or cannot be read.
         """
-        content, called = _content(image)
-        return geometry.prepare(content, self.info.preprocess, name or called)[None]
+        return prepare_all(listed(images), self.info.preprocess, name)
+
+    def normalize(self, images: Pixels) -> Float[Array, "batch height width channels"]:
+        """Return what the network takes of uint8 images in RGB or grey, for loops of your own."""
+        return normalization.normalize(images, self.info.preprocess, self.module.dtype)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `pooled`, from which a classifier predicts; of stage4 where the network ends there."""
+        return self.module.table.channels[-1 if self.module.conv5 else -2]
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> None:
+        """Write a model directory, which `get_model` and every command read back: whole, or not at all.
+
+        It holds the weights, and of the settings `dropout`: `dtype`, `lowering`, `remat` and `frozen` belong to a
+        program.
+
+        Args:
+          out: the directory; it must not exist.
+          overwrite: whether a model directory that lies there may be replaced.
+
+        Raises:
+          InputError: something lies there already, or the place cannot be written.
+        """
+        info = dataclasses.replace(self.info, dropout=float(self.module.dropout))
+        save_model(out, info, self.variables, overwrite=overwrite)
 
     def class_name(self, label: int) -> str:
         """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
@@ -81,19 +178,30 @@ class Model:
         seen = np.maximum(conv5 @ self.variables["params"]["fc"]["kernel"][:, label], 0)
         return seen / max(seen.max(), 1e-12)
 
-    def outputs(self, images: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(logits, features) of images as above, both at once; a backbone's logits are None."""
-        takes = (
-            f"(B, H, W, {self.info.in_chans}), uint8 or floats; give it what preprocess returns, or a batch of these"
-        )
+    def ranked(self, scores: Float[np.ndarray, " num_classes"], count: int) -> list[Ranked]:
+        """Return the classes with the highest scores, the highest first; of equal ones the smaller label."""
+        labels = np.argsort(-scores, kind="stable")[:count]
+        return [{"label": int(i), "class": self.class_name(int(i)), "score": float(scores[i])} for i in labels]
+
+    def outputs(self, images: Ready | AnyImages) -> tuple[Any, dict[str, Float[Array, "batch *height_width channels"]]]:
+        """Return (logits, features) of images as above, both at once; a backbone's logits are None."""
+        return self._apply(self._weights, self._ready(images))
+
+    def _ready(self, images: Any) -> jax.Array:
+        """Return images as the network's program takes them: (B, H, W, C), uint8 or normalized floats."""
+        if _to_prepare(images):
+            given = listed(images)
+            _warn_of_crops(given, self.info.preprocess.size)
+            return jnp.asarray(prepare_all(given, self.info.preprocess))
+        takes = f"(B, H, W, {self.info.in_chans}), uint8 or floats; give it what preprocess returns or takes"
         try:
             images = jnp.asarray(images)
         except (TypeError, ValueError) as error:
-            raise InputError(f"images are no array of numbers, but the model takes {takes}") from error
+            raise InputError(f"images are not an array of numbers, but the model takes {takes}") from error
         numbers = images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating)
         if not numbers or images.ndim != 4 or images.shape[-1] != self.info.in_chans or 0 in images.shape[1:]:
             raise InputError(f"images are {images.dtype} of shape {images.shape}, but the model takes {takes}")
-        return self._apply(self._weights, images)
+        return images
 
     @cached_property
     def deployed(self):
@@ -109,28 +217,69 @@ class Model:
         return compile_deployed(partial(forward, self.deployed[0], self.info.preprocess))
 
 
-def _content(image):
-    """(encoded bytes, a Pillow image or a uint8 array, what errors call it) of what `Model.preprocess` takes."""
-    if isinstance(image, (str, Path)):
-        try:
-            return read_file(path_of(image)), str(image)
-        except OSError as error:
-            raise InputError(f"image {image} cannot be read: {error.strerror}; check the path") from error
-    if isinstance(image, bytes):
-        return image, "image"
-    if isinstance(image, Image.Image):
-        return image, str(getattr(image, "filename", "")) or "image"
-    wanted = "a path, encoded bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey"
-    try:
-        pixels = np.asarray(image)
-    except ValueError as error:
-        raise InputError(f"an image is no array; give {wanted}") from error
-    shaped = pixels.ndim in (2, 3) and pixels.shape[2:] in ((), (1,), (3,)) and 0 not in pixels.shape
-    if pixels.dtype != np.uint8 or not shaped:
-        raise InputError(f"an image is {pixels.dtype} of shape {pixels.shape}; give {wanted}")
-    return pixels, "array"
+class Backbone:
+    """A network that ends with feature maps, for detectors and other heads.
+
+    Attributes:
+      module: a ShuffleNetV2; `module.apply(variables, images)` returns (None, {name: map}).
+      variables: its {"params", "batch_stats"}, as NumPy arrays: those of the layers that the maps need.
+      info: a ModelInfo: how images are prepared.
+      feature_info: name, channels and reduction of each map.
+    """
+
+    def __init__(self, module: ShuffleNetV2, variables: Any, info: ModelInfo) -> None:
+        self._model = Model(module, variables, info)
+        self.module, self.variables, self.info = module, variables, info
+        self.feature_info: FeatureInfo = feature_info_of(module)
+
+    def __repr__(self) -> str:
+        maps = ", ".join(f"{level.name} ({level.channels}, 1/{level.reduction})" for level in self.feature_info)
+        return f"<Backbone: ShuffleNetV2 {describe(self.module)}; {maps}>"
+
+    def __call__(self, images: Ready | AnyImages) -> list[Float[Array, "batch height width channels"]]:
+        """Return the feature maps of images, which are given as to a Model: arrays (B, H, W, C) of any resolution."""
+        features = self._model.extract_feat(images)
+        return [features[level.name] for level in self.feature_info]
+
+    def preprocess(self, images: AnyImages) -> UInt8[np.ndarray, "batch crop_height crop_width channels"]:
+        """Return the evaluation transform of images, as `Model.preprocess` does."""
+        return self._model.preprocess(images)
+
+    def normalize(self, images: Pixels) -> Float[Array, "batch height width channels"]:
+        """Return what the network takes of uint8 images in RGB or grey of any resolution, for loops of your own."""
+        return self._model.normalize(images)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last map."""
+        return self.feature_info[-1].channels
 
 
+def _to_prepare(images: Any) -> bool:
+    """Return whether the model must prepare images first: all but arrays (B, H, W, C), of floats, or in a program."""
+    if isinstance(images, jax.core.Tracer) or not hasattr(images, "ndim"):
+        return not isinstance(images, jax.core.Tracer)
+    return bool(images.ndim < 4 and images.dtype == np.uint8)
+
+
+def _warn_of_crops(images: Sequence[Named], size: tuple[int, int]) -> None:
+    """Warn of arrays that look like what `preprocess` returns, (height, width), and would be cropped again."""
+    if any(tuple(getattr(image, "shape", ())[:2]) == size for image, _ in images):
+        logger.warning(
+            "an array of %d x %d pixels is scaled and cropped, as every image is; to use its pixels as they are, give "
+            "an array (B, H, W, C)",
+            *size,
+        )
+
+
+@overload
+def get_model(
+    name: str | Path, pretrained: bool = False, *, features_only: Literal[False] = False, **settings: Any
+) -> Model: ...
+@overload
+def get_model(
+    name: str | Path, pretrained: bool = False, *, features_only: Literal[True], **settings: Any
+) -> Backbone: ...
 def get_model(
     name: str | Path,
     pretrained: bool = False,
@@ -138,9 +287,11 @@ def get_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     conv5: bool | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Model:
+) -> Model | Backbone:
     """A model by its published name, or from a checkpoint of your own.
 
     Args:
@@ -153,6 +304,8 @@ def get_model(
         colours; for others it repeats them and scales them down (see `loading.adapt_channels`). Image files have
         colours or grey: give a model of other channels arrays.
       conv5: False ends the network after stage4, where no classifier fits: set `num_classes` to 0.
+      features_only: return a Backbone, which computes feature maps alone, without the layers behind them.
+      out_indices: which feature maps, ascending: 0 conv1, 1 stem, 2 to 4 stage2 to stage4; by default all.
       seed: of what is made anew.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`; of fresh models also `channels`
         and `repeats`.
@@ -160,6 +313,12 @@ def get_model(
       InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
     """
     require_whole_number("seed", seed, 0)
+    if features_only:
+        if num_classes or conv5:
+            raise InputError("a backbone ends with its feature maps; leave num_classes and conv5 out")
+        num_classes, conv5, outputs = 0, False, resolve_levels(out_indices)
+    elif out_indices is not None:
+        raise InputError("out_indices choose the feature maps of a backbone; set features_only, or leave them out")
     if str(name) in PUBLISHED and not pretrained:
         info = published_info(str(name))
         module = module_of(info, **settings)
@@ -173,9 +332,44 @@ def get_model(
     require_whole_number("num_classes", num_classes, 0)
     require_whole_number("in_chans", in_chans, 1)
     num_classes, in_chans = int(num_classes), int(in_chans)  # NumPy's are no numbers for JSON.
-    if (num_classes, in_chans, conv5) == (info.num_classes, info.in_chans, info.conv5):
-        return Model(module, variables, info)
-    return _adapted(module, variables, info, num_classes, in_chans, conv5, seed)
+    model = Model(module, variables, info)
+    if (num_classes, in_chans, conv5) != (info.num_classes, info.in_chans, info.conv5):
+        model = _adapted(module, variables, info, num_classes, in_chans, conv5, seed)
+    return Backbone(*drop_layers(model.module, model.variables, outputs), model.info) if features_only else model
+
+
+@overload
+def list_models(pattern: str = "*", *, details: Literal[False] = False) -> list[str]: ...
+@overload
+def list_models(pattern: str = "*", *, details: Literal[True]) -> list[PublishedFigures]: ...
+def list_models(pattern: str = "*", *, details: bool = False) -> list[str] | list[PublishedFigures]:
+    """Return the names of the published weights.
+
+    Args:
+      pattern: which names, with wildcards as in a shell, like "*x1*".
+      details: return the PublishedFigures of each instead, which takes a second for each.
+    """
+    names = [name for name in PUBLISHED if fnmatchcase(name, pattern)]
+    return [describe_published(name) for name in names] if details else names
+
+
+def describe_published(name: str) -> PublishedFigures:
+    """Return what published weights are and what their network costs, before anything is downloaded."""
+    published, info = find(name), published_info(name)
+    costs = total(count(module_of(info), *info.preprocess.size))
+    return {
+        "name": name,
+        "parameters": costs["parameters"],
+        "multiply_adds": costs["multiply_adds"],
+        "width": published.width,
+        "layout": published.layout,
+        "top1": published.top1,
+        "top5": published.top5,
+        "source": published.source,
+        "licence": published.licence,
+        "file": published.file,
+        "url": f"{published.place}{published.file}" if published.place else None,
+    }
 
 
 def published_info(name: str) -> ModelInfo:
@@ -216,22 +410,56 @@ def _adapted(module, variables, info, num_classes, in_chans, conv5, seed):
     return Model(module, variables, dataclasses.replace(info, **changes))
 
 
-def inference_model(model: Model | str | Path, image: Any) -> dict[str, Any]:
-    """What a model sees in one image.
+@overload
+def inference_model(
+    model: Model | str | Path, images: str | Path | bytes | Image.Image, *, top_k: int | None = None
+) -> Prediction: ...
+@overload
+def inference_model(
+    model: Model | str | Path, images: list[Any] | tuple[Any, ...], *, top_k: int | None = None
+) -> list[Prediction]: ...
+@overload
+def inference_model(model: Model | str | Path, images: Any, *, top_k: int | None = None) -> Any: ...
+def inference_model(
+    model: Model | str | Path, images: AnyImages, *, top_k: int | None = None
+) -> Prediction | list[Prediction]:
+    """Return what a model sees in an image, or in each of a list.
 
     Args:
       model: a Model, a published name or a checkpoint.
-      image: as `Model.preprocess` takes it.
+      images: one or more, as `Model.preprocess` takes them.
+      top_k: how many of the best classes to list as `topk`, 1 or more; None leaves the list out.
+
     Returns:
-      {"pred_label": int, "pred_class": str, "pred_score": float, "pred_scores": (num_classes,) probabilities}.
+      The Prediction of an image, or a list of them for a list or a batch (B, H, W, C).
+
+    Raises:
+      InputError: something is not an image, cannot be read, or the model has no classifier.
     """
+    if top_k is not None:
+        require_whole_number("top_k", top_k, 1)
     if not isinstance(model, Model):
         model = get_model(model, pretrained=True)
-    scores = np.asarray(jax.nn.softmax(model(model.preprocess(image)).astype(jnp.float32)))[0]
-    label = int(scores.argmax())
-    return {
-        "pred_label": label,
-        "pred_class": model.class_name(label),
-        "pred_score": float(scores[label]),
+    predictions = [_prediction(model, scores, top_k) for scores in _scores(model, listed(images))]
+    return predictions if are_several(images) else predictions[0]
+
+
+def _scores(model: Model, images: Sequence[Named]) -> Iterator[Float[np.ndarray, " num_classes"]]:
+    """Yield the probabilities of each image. Batches have one size, so that one program computes them all."""
+    size = 1 if len(images) == 1 else BATCH
+    for first in range(0, len(images), size):
+        crops = prepare_all(images[first : first + size], model.info.preprocess)
+        filled = np.concatenate([crops, np.repeat(crops[:1], size - len(crops), axis=0)])
+        yield from np.asarray(jax.nn.softmax(model(filled).astype(jnp.float32)))[: len(crops)]
+
+
+def _prediction(model: Model, scores: Float[np.ndarray, " num_classes"], top_k: int | None) -> Prediction:
+    """Return the Prediction that probabilities are."""
+    (best,) = model.ranked(scores, 1)
+    prediction: Prediction = {
+        "pred_label": best["label"],
+        "pred_class": best["class"],
+        "pred_score": best["score"],
         "pred_scores": scores,
     }
+    return prediction if top_k is None else {**prediction, "topk": model.ranked(scores, top_k)}

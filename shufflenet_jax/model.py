@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import lowerings
-from .architecture import LAYERS, LAYOUTS, STAGES, Table, fault_of, name_of, resolve_table
+from .architecture import LAYERS, LAYOUTS, LEVELS, STAGES, Table, fault_of, name_of, resolve_table
 from .batch_groups import BatchGroups
 from .config import RENAMED, Initialization, require_whole_number
 from .errors import InputError
@@ -177,13 +177,17 @@ class ShuffleNetV2(nn.Module):
     initial: Initialization = "mmpretrain"  # "pytorch": the weights that torchvision's networks begin with.
     channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5, instead of the width's.
     repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4, instead of the width's.
+    outputs: tuple[str, ...] | None = (
+        None  # Of a backbone: the features to return, of LEVELS; what follows is left out.
+    )
 
     def __post_init__(self) -> None:
         for name, numbers in self.table._asdict().items():
             if getattr(self, name) is not None:  # Lists, as torchvision's constructor takes them, have no hash.
                 object.__setattr__(self, name, numbers)
-        if isinstance(self.frozen, list):
-            object.__setattr__(self, "frozen", tuple(self.frozen))
+        for name in ("frozen", "outputs"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
         _require_possible(self)
 
@@ -191,6 +195,12 @@ class ShuffleNetV2(nn.Module):
     def table(self) -> Table:
         """The network's channels and units."""
         return resolve_table(self.width, self.channels, self.repeats)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the network has: all, unless the last of `outputs` comes before."""
+        last = max(map(LEVELS.index, self.outputs or LEVELS))
+        return STAGES[: max(0, last + 1 - LEVELS.index(STAGES[0]))]
 
     @nn.compact
     def __call__(self, images, *, train=False, batch_groups=None):
@@ -212,14 +222,18 @@ class ShuffleNetV2(nn.Module):
         x = lower.from_nhwc(images.astype(self.dtype))
         stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2}
         x = ConvBN(stem_channels, 3, **stem, name="conv1", **common)(x, batch_groups)
+        if "conv1" in (self.outputs or ()):
+            features["conv1"] = lower.to_nhwc(x)  # (B, H/2, W/2, the stem's channels)
         x = x if self.small_stem else lower.max_pool(x)
         features["stem"] = lower.to_nhwc(x)  # (B, H/4, W/4, the stem's channels)
-        for stage, units, channels in zip(STAGES, table.repeats, stage_channels, strict=True):
+        for stage, units, channels in zip(self.stages, table.repeats, stage_channels, strict=False):
             for index in range(units):
                 stride = 2 if index == 0 else 1
                 settings = {"train": training(stage), "name": f"{stage}_unit{index}", **common}
                 x = unit(channels, stride, self.layout, **settings)(x, batch_groups)
             features[stage] = lower.to_nhwc(x)  # (B, H/8 ... H/32, W/8 ... W/32, channels)
+        if self.outputs is not None:
+            return None, {name: features[name] for name in self.outputs}
         if not self.conv5:
             return None, features
 
@@ -250,7 +264,8 @@ CHOICES = {  # {setting: the values it may have}
     "initial": get_args(Initialization),
     **dict.fromkeys(("small_stem", "conv5", "remat"), (False, True)),
 }
-SETTINGS = tuple(name for name in ShuffleNetV2.__dataclass_fields__ if name not in ("parent", "name"))
+# `outputs` is no setting: `get_model` sets it where it drops the layers that they leave out.
+SETTINGS = tuple(name for name in ShuffleNetV2.__dataclass_fields__ if name not in ("parent", "name", "outputs"))
 
 
 def _require_possible(module: ShuffleNetV2) -> None:
@@ -268,6 +283,8 @@ def _require_possible(module: ShuffleNetV2) -> None:
         raise InputError(f"dropout is {module.dropout!r}, but must be in [0, 1)")
     if not isinstance(module.frozen, tuple) or any(name not in LAYERS for name in module.frozen):
         raise InputError(f"frozen is {module.frozen!r}, but must be a tuple of some of {', '.join(LAYERS)}")
+    if module.outputs is not None:
+        _require_outputs(module)
     if module.num_classes and not module.conv5:
         raise InputError("a classifier needs conv5; set num_classes to 0, or leave conv5 out")
     try:
@@ -278,12 +295,24 @@ def _require_possible(module: ShuffleNetV2) -> None:
         raise InputError(f"dtype is {module.dtype!r}, but must be a type of floats like float32 or bfloat16")
 
 
-def init_variables(module, *, seed=0):
+def _require_outputs(module: ShuffleNetV2) -> None:
+    """Raise InputError where the outputs of a backbone are none, or more is asked of it."""
+    outputs = module.outputs
+    if not isinstance(outputs, tuple) or not outputs or any(name not in LEVELS for name in outputs):
+        raise InputError(f"outputs is {outputs!r}, but must be a tuple of some of {', '.join(LEVELS)}")
+    if module.num_classes or module.conv5:
+        raise InputError("a network with outputs ends with them; set num_classes to 0 and conv5 to False")
+
+
+def init_variables(module, *, seed=0, key=None):
     """Fresh variables of a ShuffleNetV2, {"params", "batch_stats"}, from a seed: those that `module.init` gives.
 
-    They are NumPy arrays.
+    They are NumPy arrays. A key, if given, stands for that of the seed; inside a program, where it has no value yet,
+    the variables are a part of the program.
     """
-    key = jax.random.key(seed)
+    key = jax.random.key(seed) if key is None else key
+    if isinstance(key, jax.core.Tracer):
+        return module.init(key, _smallest_images(module))
     if not can_draw_together(_stored(module.dtype)):
         return jax.tree.map(np.asarray, jax.jit(module.init)(key, _smallest_images(module)))
     variables, draws = {}, {}

@@ -51,7 +51,11 @@ SHORTER = {
     "benchmarks/startup": ["--rounds", "1"],
     "benchmarks/training_loop": ["--rounds", "1", "--steps", "1", "--batch-size", "1"],
 }
-SMALLER = {'"train": 100, "val": 50': '"train": 4, "val": 2', "range(5)": "range(2)"}  # In Python.
+SMALLER = {
+    '"train": 100, "val": 50': '"train": 4, "val": 2',
+    "range(5)": "range(2)",
+    "range(6)": "range(1)",
+}  # In Python.
 # Invisible to the reader, a comment before a block says what no test has: its commands are not run.
 BLOCK = re.compile(r"^(?:<!-- needs: ([^\n]+) -->\n)?```(sh|python)\n(.*?)^```", re.M | re.S)
 # Needs ImageNet, or minutes where it is no block that says less.

@@ -493,7 +493,7 @@ def test_what_is_no_image_is_refused_in_one_line(ten, tmp_path):
         assert "give a path" in one_line(ten.preprocess, array)
     assert "array has 500 x 4 pixels" in one_line(ten.preprocess, np.zeros((4, 500), np.uint8))
     shapes = [(224, 224, 3), (2, 3, 64, 64), (2, 64, 64, 1), (2, 0, 64, 3)]
-    for batch in (*map(np.zeros, shapes), IMAGES.astype(np.int32), "bird.jpg", None, [[1], [2, 3]]):
+    for batch in (*map(np.zeros, shapes), IMAGES.astype(np.int32), np.array(["bird.jpg"]), np.array(None)):
         assert "(B, H, W, 3)" in one_line(ten, batch)
     assert ten(IMAGES[:0]).shape == (0, 10)
 

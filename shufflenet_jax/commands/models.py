@@ -2,10 +2,7 @@
 
 import json
 
-from ..accounting import count, total
-from ..checkpoint import module_of
-from ..inference import published_info
-from ..published import list_models
+from ..inference import describe_published, list_models
 from .parsing import CommandLine, program_of
 
 DESCRIPTION = (
@@ -22,7 +19,7 @@ def main(argv):
     names = ("name", "width", "parameters", "multiply-adds", "top-1", "top-5", "from", "licence")
     if not options.json:
         print("".join(f"{name:{width}}" for name, width in zip(names, columns, strict=True)).rstrip())
-    for row in map(row_of, list_models().items()):
+    for row in map(describe_published, list_models()):
         if options.json:
             print(json.dumps(row))
             continue
@@ -30,13 +27,3 @@ def main(argv):
         told += (f"{row['top1']:.2f}", f"{row['top5']:.2f}", row["source"], row["licence"])
         print("".join(f"{word:{width}}" for word, width in zip(told, columns, strict=True)).rstrip())
     return 0
-
-
-def row_of(item):
-    name, published = item
-    info = published_info(name)
-    summed = total(count(module_of(info), *info.preprocess.size))
-    costs = {key: summed[key] for key in ("parameters", "multiply_adds")}
-    kept = {key: getattr(published, key) for key in ("width", "layout", "top1", "top5", "source", "licence", "file")}
-    url = f"{published.place}{published.file}" if published.place else None
-    return {"name": name, **costs, **kept, "url": url}

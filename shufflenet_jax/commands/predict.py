@@ -21,16 +21,14 @@ from ..data.inventory import describe_skipped, report_notes
 from ..data.workers import usable_cores
 from ..errors import InputError
 from ..files import printable, written_aside
-from ..inference import get_model
-from ..published import CARD, UNREACHED, fetch, reason_of
+from ..inference import BATCH, get_model
+from ..published import CARD
 from .console import libraries_silent, report_error
 from .parsing import CommandLine, positive_integer, program_of
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
-BATCH = 16
 MOST_DRAWN = 24
 LISTINGS = (".csv", ".jsonl")
-SILENT_SECONDS = 30
 
 
 def main(argv):
@@ -185,28 +183,16 @@ def read_crop(model, name):
     try:
         if os.path.isdir(name):
             raise InputError(f"folder {name} holds no images")
-        address = name.lower().startswith(("http://", "https://"))
-        return model.preprocess(fetched(name) if address else name, name=name)[0]
+        return model.preprocess(name)[0]
     except InputError as error:
         return error
-
-
-def fetched(address):
-    """The bytes at an http(s) address."""
-    try:
-        return fetch(address, seconds=SILENT_SECONDS)
-    except UNREACHED as error:
-        raise InputError(f"image {address} cannot be fetched: {reason_of(error)}; check the address") from error
 
 
 def prediction_of(model, name, logits, topk):
     """{"image", "pred_label", "pred_class", "pred_score", "topk": [{"label", "class", "score"}]} of an image."""
     scores = np.exp(logits - logits.max(), dtype=np.float64)
     scores /= scores.sum()
-    best = [
-        {"label": int(label), "class": model.class_name(int(label)), "score": round(float(scores[label]), 6)}
-        for label in np.argsort(-scores, kind="stable")[:topk]
-    ]
+    best = [{**entry, "score": round(entry["score"], 6)} for entry in model.ranked(scores, topk)]
     first = {f"pred_{key}": value for key, value in best[0].items()}
     return {"image": name, **first, "topk": best}
 
