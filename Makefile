@@ -12,7 +12,7 @@ NEWEST ?= $(firstword $(foreach minor,14 13 12,$(if $(shell python3.$(minor) -c 
 NEWEST_VENV := .venv-newest
 # The files of tests that need no package of an extra; one test imports every module, also those that need PyTorch.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	augment compatibility config data decoding files installation jpeg parallel survey transformations workdir)) \
+	augment compatibility config data decoding files hub installation jpeg parallel parquet survey transformations workdir)) \
 	--deselect tests/test_transformations.py::test_importing_the_package_changes_no_setting_of_the_process
 
 .PHONY: demo test test-newest prove lint audit constraints clean
