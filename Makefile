@@ -13,7 +13,8 @@ NEWEST_VENV := .venv-newest
 DOCS_VENV := .venv-docs
 # The files of tests that need no package of an extra; one test imports every module, also those that need PyTorch.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	augment backbone compatibility config data decoding files images installation jpeg nnx parallel survey transformations workdir)) \
+	augment backbone compatibility config data decoding files hub images installation jpeg nnx parallel parquet survey \
+	transformations workdir)) \
 	--deselect tests/test_transformations.py::test_importing_the_package_changes_no_setting_of_the_process
 
 .PHONY: demo test test-newest prove lint docs audit constraints clean

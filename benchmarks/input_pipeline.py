@@ -98,9 +98,7 @@ def prepare_sets(data, split, folder):
                 path = path.with_name(f"{copy}_{path.name}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(stored)
-        plan = dataset.plan_images(
-            read_contents(home / "files"), home / "files", "bench", home / "sets", StoreOptions()
-        )
+        plan = dataset.plan_images(read_contents(home / "files"), "bench", home / "sets", StoreOptions())
         dataset.write(plan, processes=1)
         sets[where] = home
     return sets

@@ -20,7 +20,7 @@ COMMANDS = {  # name: (module with main(argv), what it does)
     "models": ("models", "list the published weights"),
     "info": ("info", "tell what a network costs, stage by stage"),
     "export": ("export", "write a network for another runtime: StableHLO, ONNX, safetensors, PyTorch"),
-    "publish": ("publish", "make a model directory to give away of a checkpoint"),
+    "publish": ("publish", "make a folder to give away of a checkpoint, and push it to the Hugging Face Hub"),
     "prepare": ("prepare", "turn images or TFRecords into a data set that trains at full speed"),
     "verify": ("verify", "tell what a data set holds, and what in it cannot be read"),
     "plot": ("plot", "draw the curves of a training"),

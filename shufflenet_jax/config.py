@@ -286,7 +286,7 @@ class TrainConfig:
     layout: Layout = "torchvision"
     # First convolution with stride 1 and no max pool after it, for images of 16 to 64 pixels.
     small_stem: bool = False
-    # Checkpoint, of any form, to begin with; a classifier for other classes is made anew.
+    # Checkpoint, of any form (hf-hub:OWNER/NAME too), to begin with; a classifier for other classes is reinitialized.
     init_from: str | None = None
     # What stays as it is, its batch norm in inference mode, like "conv1,stage2"; "backbone": all but the classifier.
     freeze: str = ""

@@ -7,8 +7,9 @@ from .errors import InputError
 
 EXTRAS = {  # {extra: the packages it brings}
     "torch": ("torch",),
-    "export": ("onnx", "onnxruntime", "safetensors"),
+    "export": ("onnx", "onnxruntime"),
     "tflite": ("ai_edge_litert",),
+    "hub": ("huggingface_hub",),
 }
 
 

@@ -1,18 +1,23 @@
 """What a checkpoint may be, and how each of its forms becomes a network."""
 
+import contextlib
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import hub
 from .checkpoint import load_directory, save_model, stored_module
-from .config import Preprocess
+from .config import ModelInfo, Preprocess
 from .errors import InputError
+from .exports.repository import CONFIG, WEIGHTS, is_repository_folder, read_config, read_repository
 from .exports.tensors import read_safetensors
 from .files import UnwritableError, cache_dir, hash_of, locked, path_of
 from .installation import require_packages
+from .model import ShuffleNetV2
 from .published import PUBLISHED, file_of, is_at_hand
 
 logger = logging.getLogger(__name__)
@@ -24,7 +29,8 @@ def load_model(checkpoint, *, ema=False, **settings):
     Args:
       checkpoint: a model directory; a training workdir (its best checkpoint, else the latest) or one of its numbered
         checkpoints, WORKDIR/checkpoints/N; a published name, whose file is downloaded, or a .pth file; both are
-        converted once and kept in the cache; or a .safetensors file that `export` wrote.
+        converted once and kept in the cache; a .safetensors file that `export` wrote; a folder that `publish` wrote, or
+        its repository on the Hugging Face Hub, hf-hub:OWNER/NAME, where @REVISION may follow.
       ema: take the moving averages that a training or an MMPretrain file keeps beside the weights.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
     Returns:
@@ -32,19 +38,51 @@ def load_model(checkpoint, *, ema=False, **settings):
     Raises:
       InputError: nothing usable lies there.
     """
+    if hub.is_repository(checkpoint):
+        _require_no_ema(str(checkpoint), ema=ema)
+        return _load_from_hub(str(checkpoint), settings)
     path = path_of(checkpoint)
     if str(checkpoint) in PUBLISHED and not path.exists():
         return _load_published(str(checkpoint), ema, settings)
     if not path.exists():
         raise InputError(
             f"no model at {path}, and none is published under this name; give a model directory, a training workdir, a "
-            f".pth or .safetensors file, or one of {', '.join(PUBLISHED)}"
+            f".pth or .safetensors file, hf-hub:OWNER/NAME, or one of {', '.join(PUBLISHED)}"
         )
     if path.suffix == ".safetensors" and path.is_file():
-        if ema:
-            raise InputError(f"{path} holds no moving averages; leave `ema` out")
+        _require_no_ema(path, ema=ema)
         return read_safetensors(path, **settings)
+    if is_repository_folder(path):
+        _require_no_ema(path, ema=ema)
+        return read_repository(path, **settings)
     return _load_file(path, ema, settings) if path.is_file() else load_directory(path, ema=ema, **settings)
+
+
+def _require_no_ema(checkpoint: str | Path, *, ema: bool) -> None:
+    """Raise InputError where averages are asked of a checkpoint of weights alone."""
+    if ema:
+        raise InputError(f"{checkpoint} holds no moving averages; leave `ema` out")
+
+
+def _load_from_hub(address: str, settings: dict[str, Any]) -> tuple[ShuffleNetV2, Any, ModelInfo]:
+    """Load a repository on the Hugging Face Hub: the weights after config.json says that they are ours."""
+    repository = hub.repository_of(address)
+    folder = hub.download(repository, CONFIG).parent
+    with _errors_naming(address):
+        read_config(folder)
+    # Of the same commit, even if the branch moves meanwhile.
+    hub.download(repository._replace(revision=folder.name), WEIGHTS)
+    with _errors_naming(address):
+        return read_repository(folder, **settings)
+
+
+@contextlib.contextmanager
+def _errors_naming(address: str) -> Iterator[None]:
+    """Put the name of a repository before the errors of the block, which name files of the Hub's cache."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{address}: {error}") from error
 
 
 def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tuple[Any, Preprocess]:

@@ -263,7 +263,7 @@ def check(seed, root):
     else:
         found = {split: rows_of(open_source(sample.place, split)) for split in expected}
         assert found == expected, seed
-    plan = dataset.plan_images(contents, sample.place, "pets", root / "out", StoreOptions())
+    plan = dataset.plan_images(contents, "pets", root / "out", StoreOptions())
     dataset.write(plan, processes=1)
     for split, rows in found.items():
         assert rows_of(open_source("tfds:pets", split, data_dir=root / "out")) == rows, (seed, split)

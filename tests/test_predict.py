@@ -315,7 +315,7 @@ def test_a_published_model_has_its_hash_in_its_name_and_gives_the_same(model, te
     given = snet.get_model(path)
     digest = hash_of_variables(given.variables)
     assert path.name == f"net_10-{digest[:8]}" and os.listdir(tmp_path / "out") == [path.name]
-    assert sorted(os.listdir(path)) == ["README.md", "model.json", "variables"]
+    assert sorted(os.listdir(path)) == ["README.md", "config.json", "model.safetensors"]
     images = RNG.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
     assert_array_equal(given(images), model(images))
 
@@ -324,7 +324,7 @@ def test_a_published_model_has_its_hash_in_its_name_and_gives_the_same(model, te
         assert fact in card, fact
     assert "ten kinds of noise" in card and "made from | net.pth" in card and f'get_model("{path.name}")' in card
     assert "exists already" in refused(publish.main, *argv)
-    assert sorted(os.listdir(path)) == ["README.md", "model.json", "variables"]
+    assert sorted(os.listdir(path)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_of_a_training_the_best_is_published_without_its_history_and_places(model, workdir, tmp_path, call):

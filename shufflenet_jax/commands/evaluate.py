@@ -37,7 +37,7 @@ from ..inference import Model
 from ..loading import load_model
 from ..published import CARD, PUBLISHED
 from .console import libraries_silent, speak_as
-from .parsing import CommandLine, add_process_options, add_val_share, positive_integer, program_of
+from .parsing import CHECKPOINT, CommandLine, add_process_options, add_val_share, positive_integer, program_of
 
 DESCRIPTION = (
     "Evaluate a checkpoint. The last line on stdout is a JSON object: images, counts, percentages, loss. Without "
@@ -276,11 +276,7 @@ def compared(options, info, rows, others):
 
 def parse(argv):
     parser = CommandLine(prog=program_of("eval"), description=DESCRIPTION)
-    told = (
-        "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or .safetensors file "
-        f"(default: {CARD})"
-    )
-    parser.add_argument("--checkpoint", default=CARD, help=told)
+    parser.add_argument("--checkpoint", default=CARD, help=f"{CHECKPOINT} (default: {CARD})")
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     told = (
         "tfds:NAME, a folder, zip or tar of images, or digits: see docs/data.md (default for a published name: "

@@ -28,7 +28,7 @@ from ..inference import Model
 from ..installation import require_packages
 from ..loading import load_model
 from .console import libraries_silent
-from .parsing import CommandLine, positive_integer, program_of
+from .parsing import CHECKPOINT, CommandLine, positive_integer, program_of
 from .publish import without_places
 
 logger = logging.getLogger(__name__)
@@ -221,10 +221,7 @@ def resolution(text):
 
 def parse(argv):
     parser = CommandLine(prog=program_of("export"), description=DESCRIPTION)
-    help_text = (
-        "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or a .safetensors file"
-    )
-    parser.add_argument("checkpoint", help=help_text)
+    parser.add_argument("checkpoint", help=CHECKPOINT)
     help_text = (
         "stablehlo for JAX, onnx, tflite for phones, web for browsers, safetensors, or the names of a PyTorch project"
     )

@@ -10,7 +10,7 @@ from ..config import MOST
 from ..errors import InputError
 from ..loading import load_model
 from ..model import ShuffleNetV2, describe
-from .parsing import CommandLine, numbers, program_of, require_width_or_channels
+from .parsing import CHECKPOINT, CommandLine, numbers, program_of, require_width_or_channels
 
 DESCRIPTION = (
     "Show parameters, multiply-adds, activations, receptive field and output of each stage, for one image; with "
@@ -127,8 +127,7 @@ def parse(argv):
     parser.add_argument("--small-stem", action="store_const", const=True, help=told)
     told = f"size of the images: a side, or height x width, in pixels (default: {SIDE}, or what the checkpoint expects)"
     parser.add_argument("--resolution", type=resolution_of, metavar="HxW", help=told)
-    told = "take the settings from there: a model directory, a training workdir, WORKDIR/checkpoints/N or a .pth file"
-    parser.add_argument("--checkpoint", help=told)
+    parser.add_argument("--checkpoint", help=f"take the settings from there: {CHECKPOINT}")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
     return parser.parse_args(argv)
 

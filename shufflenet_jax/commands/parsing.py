@@ -10,6 +10,11 @@ from .. import __version__
 from ..config import RENAMED, VAL_SHARE, whole_numbers
 from ..errors import InputError
 
+# What a checkpoint may be, for help texts: see `loading.load_model`.
+CHECKPOINT = (
+    "a published name, hf-hub:OWNER/NAME, a model directory, a training workdir, WORKDIR/checkpoints/N, or a .pth or "
+    ".safetensors file"
+)
 SCRIPTS = ("train.py", "eval.py", "from_torch.py", "to_torch.py")
 
 _flags: dict[str, str] = {}  # {argument: option} of the command that runs, such as {"data_dir": "--data-dir"}.

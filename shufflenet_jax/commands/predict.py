@@ -24,7 +24,7 @@ from ..files import printable, written_aside
 from ..inference import BATCH, get_model
 from ..published import CARD
 from .console import libraries_silent, report_error
-from .parsing import CommandLine, positive_integer, program_of
+from .parsing import CHECKPOINT, CommandLine, positive_integer, program_of
 
 DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
 MOST_DRAWN = 24
@@ -110,11 +110,7 @@ def parse(argv):
     parser = CommandLine(prog=program_of("predict"), description=DESCRIPTION)
     told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
-    told = (
-        "a published name, a model directory, a training workdir, WORKDIR/checkpoints/N, a .pth or .safetensors file "
-        f"(default: {CARD})"
-    )
-    parser.add_argument("--checkpoint", default=CARD, help=told)
+    parser.add_argument("--checkpoint", default=CARD, help=f"{CHECKPOINT} (default: {CARD})")
     parser.add_argument("--topk", type=positive_integer, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
     told = "also write the classes of all images there, as CSV or as JSON lines"

@@ -14,14 +14,20 @@ from .parsing import CommandLine, add_val_share, positive_integer, program_of
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Turn a folder of images, a zip or tar of one, ILSVRC2012's tars, or a TFDS directory of TFRecords into a TFDS "
-    "data set in ArrayRecord form, for --data tfds:NAME. The same command again continues where it was stopped."
+    "Turn a folder of images, a zip or tar of one, ILSVRC2012's tars, the Hugging Face Hub's Parquet shards of "
+    "imagenet-1k, or a TFDS directory of TFRecords into a TFDS data set in ArrayRecord form, for --data tfds:NAME. "
+    "The same command again continues where it was stopped."
 )
 
 
 def main(argv):
     parser = CommandLine(prog=program_of("prepare"), description=DESCRIPTION)
-    parser.add_argument("--source", required=True, help="a folder, zip or tar of images, or TFRecords")
+    parser.add_argument(
+        "--source",
+        required=True,
+        nargs="+",
+        help="a folder, zip or tar of images; ImageNet's Parquet shards, or a folder with them; or TFRecords",
+    )
     parser.add_argument("--name", required=True, help="name of the data set: lower-case letters, digits and _")
     parser.add_argument("--out", required=True, help="the folder of data sets to put it in: later's --data-dir")
     add_val_share(parser)
@@ -34,15 +40,15 @@ def main(argv):
     parser.add_argument("--processes", type=positive_integer, help="shards to write at a time (default: one a core)")
     options = parser.parse_args(argv)
 
-    if dataset.is_tfds(options.source):
+    if len(options.source) == 1 and dataset.is_tfds(options.source[0]):
         if options.short_edge or options.skip_damaged:
             raise InputError("TFRecords are copied as they are; leave --short-edge and --skip-damaged out")
-        plan = dataset.plan_tfrecords(options.source, options.name, options.out)
+        plan = dataset.plan_tfrecords(options.source[0], options.name, options.out)
         total = None
     else:
         chosen = StoreOptions(options.short_edge, options.quality, options.skip_damaged, options.shard_size)
-        contents = read_contents(options.source, val_share=options.val_share)
-        plan = dataset.plan_images(contents, options.source, options.name, options.out, chosen)
+        contents = read_contents(*options.source, val_share=options.val_share)
+        plan = dataset.plan_images(contents, options.name, options.out, chosen)
         report_notes(contents.notes)
         total = sum(map(len, contents.splits.values()))
     with progress.bar(total=total, unit="image", description="preparing") as bar:

@@ -1,50 +1,81 @@
-"""`publish`: a model directory to give away, of any checkpoint: weights alone, the hash in the name, and a card."""
+"""`publish`: a folder of any checkpoint to give away, and to push to the Hugging Face Hub."""
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 
-from ..accounting import count, total
-from ..architecture import name_of
-from ..checkpoint import hash_of_variables, load_directory, module_of, save_model
+from .. import hub
+from ..checkpoint import hash_of_variables
 from ..errors import InputError
+from ..exports.card import Statements, card
+from ..exports.repository import read_repository, save_repository
 from ..files import path_of, written_aside
 from ..loading import load_model
-from .parsing import CommandLine, program_of
+from .parsing import CHECKPOINT, CommandLine, program_of
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Make a model directory to give away: the weights without optimiser state and history, model.json, and a model "
-    "card in README.md. Its name ends with the first 8 digits of the weights' sha256."
+    "Make a folder to give away: the weights in model.safetensors, without optimiser state and history, what they are "
+    "in config.json, and a model card in README.md. Its name ends with the first 8 digits of the weights' sha256. It "
+    "is a checkpoint, and with --push also a repository on the Hugging Face Hub."
 )
 
 
 def main(argv):
     parser = CommandLine(prog=program_of("publish"), description=DESCRIPTION)
-    parser.add_argument(
-        "checkpoint", help="a model directory, a training workdir (its best), WORKDIR/checkpoints/N, or a .pth file"
-    )
+    parser.add_argument("checkpoint", help=CHECKPOINT)
     parser.add_argument("--out", type=Path, required=True, help="folder to put it in")
-    parser.add_argument("--name", required=True, help="what to call it, like shufflenet_v2_x0_5_pets")
+    parser.add_argument("--name", help="what to call it, like shufflenet_v2_x0_5_pets (default: the NAME of --push)")
     parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
     parser.add_argument("--licence", required=True, help="under which others may use the weights, like CC-BY-4.0")
     parser.add_argument("--top1", type=float, metavar="P", help="accuracy in percent to put into the card")
     parser.add_argument("--top5", type=float, metavar="P", help="the same for the first five classes")
     parser.add_argument("--data", metavar="WORDS", help="on which data these were measured")
+    help_text = "the Hub's names of the data it was trained on, for the card (default: imagenet-1k for its classes)"
+    parser.add_argument("--datasets", nargs="+", metavar="NAME", help=help_text)
+    help_text = (
+        "also upload it there, with your token (`hf auth login`, or HF_TOKEN); a repository that is not there yet "
+        "becomes a public one"
+    )
+    parser.add_argument("--push", metavar="hf-hub:OWNER/NAME", help=help_text)
     options = parser.parse_args(argv)
-    if not re.fullmatch(r"\w[\w.+-]*", options.name):
-        raise InputError(f"--name is {options.name!r}, but must consist of letters, digits, '.', '_', '+' and '-'")
+    repository = hub.repository_of(options.push) if options.push else None
+    name = _name_of(options, repository)
     out = path_of(options.out)
     _, variables, info = load_model(options.checkpoint, ema=options.ema)
-    info = dataclasses.replace(info, source=without_places(info.source))
-    digest = hash_of_variables(variables)
-    target = path_of(out / f"{options.name}-{digest[:8]}")
+    info = dataclasses.replace(info, source=without_places(info.source), sha256=hash_of_variables(variables))
+    target = path_of(out / f"{name}-{info.sha256[:8]}")
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out or --name")
-    with written_aside(target, folder=True, check=load_directory) as draft:
-        save_model(draft, info, variables)
-        (draft / "README.md").write_text(card(target.name, digest, info, options), "utf-8", "backslashreplace")
+    datasets = tuple(options.datasets) if options.datasets else None
+    address = str(repository or target.name)
+    stated = Statements(name, address, options.licence, options.top1, options.top5, options.data, datasets)
+
+    def finish(folder):
+        """Read the folder back, and push it; if either fails, nothing stays in its place."""
+        read_repository(folder)
+        if repository:
+            hub.push(folder, repository)
+            logger.info("pushed to %s", repository)
+
+    with written_aside(target, folder=True, check=finish) as draft:
+        draft.mkdir()
+        save_repository(draft, variables, info, options.licence)
+        (draft / "README.md").write_text(card(info, stated), "utf-8", "backslashreplace")
     print(target)
     return 0
+
+
+def _name_of(options, repository):
+    """Return what to call the model. Raises InputError where nothing names it, or it cannot be a folder's name."""
+    name = options.name
+    if name is None and repository:
+        name = repository.name.partition("/")[2]
+    if not re.fullmatch(r"\w[\w.+-]*", name or ""):
+        raise InputError(f"--name is {name!r}, but must consist of letters, digits, '.', '_', '+' and '-'")
+    return name
 
 
 def without_places(source):
@@ -53,38 +84,3 @@ def without_places(source):
         return source
     named = {k: Path(v).name for k, v in source["config"].items() if isinstance(v, str) and v.startswith(("/", "~"))}
     return {**source, "config": {**source["config"], **named}}
-
-
-def card(name, digest, info, options):
-    """The model card, in Markdown."""
-    height, width = info.preprocess.size
-    summed = total(count(module_of(info), height, width))
-    stem = ", small stem" if info.small_stem else ""
-    facts = {
-        "network": f"ShuffleNetV2 {name_of(info.table, conv5=info.conv5)}, {info.layout} layout{stem}",
-        "classes": info.num_classes or "none: features alone",
-        "parameters": f"{summed['parameters']:,}",
-        f"multiply-adds at {height} x {width}": f"{summed['multiply_adds'] / 1e6:.1f} M",
-        "input": f"short side {info.preprocess.resize}, central {height} x {width}, {info.preprocess.channel_order}",
-        "top-1": f"{options.top1} %" if options.top1 is not None else None,
-        "top-5": f"{options.top5} %" if options.top5 is not None else None,
-        "measured on": options.data,
-        "made from": info.source.get("file") or info.source.get("config", {}).get("data"),
-        "began with": info.source.get("config", {}).get("init_from"),
-        "licence": options.licence,
-        "sha256 of the variables": digest,
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
-    return f"""# {name}
-
-| | |
-| --- | --- |
-{table}
-
-```python
-import shufflenet_jax as snet
-
-model = snet.get_model("{name}")
-print(snet.inference_model(model, "image.jpg"))
-```
-"""

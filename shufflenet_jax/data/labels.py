@@ -88,6 +88,17 @@ def require_distinct(place: str, folders: Iterable[str]) -> None:
             )
 
 
+def are_imagenets(names: Sequence[str]) -> bool:
+    """Whether the names are ImageNet's 1000 in label order; more than half must match, since spellings differ."""
+    spelled = [(_plain(name), _plain(ours)) for name, ours in zip(names, imagenet_classes().values(), strict=False)]
+    return len(names) == 1000 and sum(name == ours for name, ours in spelled) > 500
+
+
+def _plain(name: str) -> str:
+    """Return the first synonym in a class name, in lower case and with spaces."""
+    return name.partition(",")[0].replace("_", " ").strip().casefold()
+
+
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether all names are numbers."""
     return all(map(NUMBER.fullmatch, names))

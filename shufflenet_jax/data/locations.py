@@ -1,4 +1,4 @@
-"""Locations of stored bytes: a file, a part of a file, or a member of a zip."""
+"""Locations of stored bytes: a file, a part of a file, a member of a zip, or a row of a Parquet file."""
 
 import functools
 import lzma
@@ -17,19 +17,21 @@ UNREADABLE = (OSError, *IN_ZIP)
 
 
 class Location(NamedTuple):
-    """A file, a part of a file, or a member of a zip. Other processes can use it too.
+    """A file, a part of a file, a member of a zip, or a row of a Parquet file. Other processes can use it too.
 
     Attributes:
-      path: path of the file or zip.
+      path: path of the file.
       offset: position in the file where the part starts, in bytes.
       size: size of the part in bytes; -1 is the whole file.
       member: name inside the zip; None outside zips.
+      row: row group and position in it; None outside Parquet files.
     """
 
     path: str
     offset: int = 0
     size: int = -1
     member: str | None = None
+    row: tuple[int, int] | None = None
 
     def read(self) -> bytes:
         """Read the bytes.
@@ -37,6 +39,10 @@ class Location(NamedTuple):
         Raises:
           InputError: they cannot be read, or there are far more of them than an image has.
         """
+        if self.row is not None:
+            from .rows import read_image  # Importing pyarrow takes a third of a second, and only `prepare` needs it.
+
+            return read_image(self.path, *self.row)
         try:
             if self.member is not None:
                 archive = open_zip(self.path)

@@ -246,6 +246,6 @@ FORMATS = {
         settings=("runtime", "single_file"),
         folder=True,
     ),
-    "safetensors": Format(".safetensors", write_safetensors, packages=("safetensors",)),
+    "safetensors": Format(".safetensors", write_safetensors),
     **{dialect: Format(f"-{dialect}.pth", partial(write_torch, dialect), packages=("torch",)) for dialect in DIALECTS},
 }

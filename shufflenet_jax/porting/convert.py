@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from ..architecture import FEATURES, table_settings, width_of
 from ..config import PREPROCESSING, ModelInfo, Preprocess
 from ..data import normalization
-from ..data.labels import imagenet_classes
+from ..data.labels import are_imagenets, imagenet_classes
 from ..errors import InputError
 from ..files import path_of, read_file
 from ..model import ShuffleNetV2
@@ -148,7 +148,7 @@ def _label_names(
     named = file.classes
     numbered = num_classes == 1000 and named and all(map(_only_numbers, named, range(len(named))))
     if named and not numbered and len(named) == num_classes:
-        return (tuple(imagenet_classes()) if _are_imagenets(named) else named), []
+        return (tuple(imagenet_classes()) if are_imagenets(named) else named), []
     if named and num_classes and not numbered:
         return None, [
             f"{file.name} names {len(named)} classes, but its classifier has {num_classes}: the names are ignored"
@@ -165,17 +165,6 @@ def _only_numbers(name: str, label: int) -> bool:
     """Whether a name only repeats the label, like c7, as in MMPretrain's ImageNet checkpoint."""
     match = NUMBER.fullmatch(name)
     return match is not None and int(match["number"]) == label
-
-
-def _are_imagenets(names: tuple[str, ...]) -> bool:
-    """Whether the names are ImageNet's 1000 in label order; more than half must match, since spellings differ."""
-    spelled = [(_plain(name), _plain(ours)) for name, ours in zip(names, imagenet_classes().values(), strict=False)]
-    return len(names) == 1000 and sum(name == ours for name, ours in spelled) > 500
-
-
-def _plain(name: str) -> str:
-    """Return the first synonym in a class name, in lower case and with spaces."""
-    return name.partition(",")[0].replace("_", " ").strip().casefold()
 
 
 def _guesses(file: TorchFile, statements: Statements, info: ModelInfo) -> list[str]:

@@ -10,6 +10,8 @@ from ..data.folders import ELSEWHERE, open_folder
 from ..data.inventory import Entry, Inventory, Note, Part, describe_skipped
 from ..data.trees import Skipped, walk
 from ..errors import InputError
+from ..files import path_of
+from .parquet import open_shards
 
 __all__ = ["Contents", "Entry", "read_contents"]
 
@@ -19,35 +21,46 @@ class Contents:
     """The contents of a source of images.
 
     Attributes:
+      place: path of the source.
       splits: {name of a split: its images}.
       classes: name of each label, or the number of labels if they have no names.
       notes: decisions about the source and ignored files, for `inventory.report_notes`.
       skipped: number of ignored files.
     """
 
+    place: str
     splits: dict[str, list[Entry]]
     classes: tuple[str, ...] | int
     notes: tuple[Note, ...]
     skipped: int
 
 
-def read_contents(source: str | Path, *, val_share: float = VAL_SHARE) -> Contents:
-    """List the images of a folder, a zip, a tar, or one or both of ILSVRC2012's tars.
+def read_contents(*sources: str | Path, val_share: float = VAL_SHARE) -> Contents:
+    """List the images of a folder, a zip, a tar, one or both of ILSVRC2012's tars, or ImageNet's Parquet shards.
 
     Args:
-      source: path of the source.
+      sources: path of the source; several only of Parquet shards.
       val_share: share of each class that is held out as val if the source has no splits.
 
     Raises:
       InputError: the source is none of these, holds no images, or has images without labels.
     """
-    inventory = open_folder(source, val_share=val_share)
+    source, *others = sources
+    inventory = open_shards(list(map(path_of, sources)))
+    if inventory is None:
+        if others:
+            raise InputError(f"{source} and {others[0]} are not both Parquet shards; give one `source`")
+        inventory = open_folder(source, val_share=val_share)
     for split in inventory.splits:
         if not re.fullmatch(r"\w+", split):
             raise InputError(f"{split!r} is not a valid name for a split; use letters, digits and _")
     parts = {split: read() for split, read in inventory.splits.items() if split not in inventory.unusable}
     if not parts:
-        raise InputError(f"{source} holds no images as <split>/<class>/<image> or <class>/<image>; check `source`")
+        reasons = "".join(f"; {split}: {reason}" for split, reason in inventory.unusable.items())
+        raise InputError(
+            f"{source} holds no images with labels, as <split>/<class>/<image> or <class>/<image>{reasons}; check "
+            "`source`"
+        )
     skipped = _skipped_in(inventory, parts)
     notes = [*inventory.notes, *(note for part in parts.values() for note in part.notes)]
     notes += describe_skipped(inventory.place, skipped)
@@ -56,7 +69,8 @@ def read_contents(source: str | Path, *, val_share: float = VAL_SHARE) -> Conten
         for split, reason in inventory.unusable.items()
     ]
     classes, more = _classes_of(source, parts)
-    return Contents({split: part.entries for split, part in parts.items()}, classes, (*notes, *more), skipped.total)
+    images = {split: part.entries for split, part in parts.items()}
+    return Contents(inventory.place, images, classes, (*notes, *more), skipped.total)
 
 
 def _skipped_in(inventory: Inventory, parts: dict[str, Part]) -> Skipped:

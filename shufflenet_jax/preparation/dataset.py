@@ -61,12 +61,11 @@ class WrittenData(NamedTuple):
     damaged: list[str]
 
 
-def plan_images(contents: Contents, source: str | Path, name: str, out: str | Path, options: StoreOptions) -> Plan:
+def plan_images(contents: Contents, name: str, out: str | Path, options: StoreOptions) -> Plan:
     """Plan a data set of images.
 
     Args:
       contents: the images.
-      source: path of the source that they are from.
       name: name of the data set.
       out: folder of data sets to write it to.
       options: how to store the images.
@@ -87,7 +86,11 @@ def plan_images(contents: Contents, source: str | Path, name: str, out: str | Pa
             Job(draft / _file_name(name, split, i, len(shards)), shard, None, contents.classes, options)
             for i, shard in enumerate(shards)
         ]
-    settings = {"source": str(path_of(source).absolute()), **dataclasses.asdict(options), "images": _digest(contents)}
+    settings = {
+        "source": str(Path(contents.place).absolute()),
+        **dataclasses.asdict(options),
+        "images": _digest(contents),
+    }
     return Plan(folder, draft, name, version, features, splits, settings)
 
 
