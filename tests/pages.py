@@ -195,6 +195,10 @@ def save_readers_things(root):
     save_classes(root / "FEW", ["cat", "dog"], ["train", "test"], images=4)
     save_classes(root / "pets", ["cat", "dog"])
     zip_of(root / "pets", root / "pets.zip")
+    for number, kind in enumerate(("cardboard", "glass", "metal", "paper", "plastic", "trash")):
+        for image in range(5):
+            save_picture(root / "trash" / kind / f"{image}.JPEG", 10 * number + image)
+    zip_of(root / "trash", root / "trashnet.zip")
     save_classes(root / "cifar10", [f"kind{i}" for i in range(10)], ["train", "test"])
     zip_of(root / "cifar10", root / "cifar10.zip")
     save_tars(root / "tars", (root / "FOLDER/train/n01440764/0.JPEG").read_bytes())
@@ -204,6 +208,7 @@ def save_readers_things(root):
             network = lively_network(entry.source.lower(), entry.width, 1000)
             torch.save({"state_dict": network.state_dict()}, root / entry.file)
             shutil.copy(root / entry.file, root / f"{entry.source.upper()}.pth")
+    shutil.copy(root / entry.file, root / "CHECKPOINT.pth")
     shutil.copy(root / entry.file, root / "OTHER")
     # For benchmarks, which know nothing of small networks.
     torch.save(lively_network("torchvision", 1.0, 1000).state_dict(), root / "FILE.pth")
@@ -233,6 +238,7 @@ def reader(things, tmp_path, monkeypatch):
     """In such a folder; networks have few units, and published ones can be had."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     shutil.copytree(ROOT / "demo", tmp_path / "demo")
+    shutil.copytree(ROOT / "docs/trash", tmp_path / "docs/trash")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path / "home/tensorflow_datasets"))
