@@ -71,7 +71,7 @@ def download(repository: Repository, file: str) -> Path:
 
     if not isinstance(try_to_load_from_cache(repository.name, file, revision=repository.revision), str):
         logger.info("downloading %s of %s", file, repository)
-    with _errors_of(repository, f"{file} of {repository} cannot be downloaded"), _bars_hidden():
+    with _errors_of(repository, f"{file} of {repository} cannot be downloaded"), _silence():
         path = Path(hf_hub_download(repository.name, file, revision=repository.revision))
         _require_announced(path, repository)
     return path
@@ -106,7 +106,7 @@ def push(folder: Path, repository: Repository) -> None:
     """
     from huggingface_hub import HfApi
 
-    with _errors_of(repository, f"{repository} cannot be written"), _bars_hidden():
+    with _errors_of(repository, f"{repository} cannot be written"), _silence():
         HfApi().create_repo(repository.name, exist_ok=True)
         HfApi().upload_folder(
             repo_id=repository.name,
@@ -168,15 +168,18 @@ def _reason(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def _bars_hidden() -> Iterator[None]:
-    """Keep huggingface_hub from printing progress bars."""
+def _silence() -> Iterator[None]:
+    """Keep huggingface_hub from printing progress bars, and warnings of what the error at the end says."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    hidden = are_progress_bars_disabled()
+    log = logging.getLogger("huggingface_hub")
+    hidden, level = are_progress_bars_disabled(), log.level
     if not hidden:
         disable_progress_bars()
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        log.setLevel(level)
         if not hidden:
             enable_progress_bars()

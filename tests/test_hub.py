@@ -20,7 +20,7 @@ from PIL import Image
 import shufflenet_jax as snet
 from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.checkpoint import hash_of_variables, module_of, save_model
-from shufflenet_jax.commands import info, publish
+from shufflenet_jax.commands import from_torch, info, publish
 from shufflenet_jax.config import ModelInfo
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.errors import InputError
@@ -67,7 +67,8 @@ print(json.dumps(results))
 
 def run_lines(lines, cwd, **environment):
     """{line: (status, stdout, stderr)} of lines in a new process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(cwd / "hf"), **environment}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(cwd / "hf"), **environment}
     environment.pop("HF_TOKEN", None)
     done = subprocess.run(
         [sys.executable, "-c", LINES], cwd=cwd, env=environment, input=json.dumps(lines), capture_output=True, text=True
@@ -224,6 +225,10 @@ def test_what_cannot_be_published_is_refused(model, repository, tmp_path, refuse
     assert "names no repository" in refused(publish.main, *argv, "--push", "me/net")
     assert "holds no moving averages" in refused(publish.main, repository, *argv[1:], "--name", "a", "--ema")
     assert not os.listdir(tmp_path)
+
+
+def test_a_repository_needs_no_conversion(refused):
+    assert "hf-hub:me/net needs no conversion" in refused(from_torch.main, "hf-hub:me/net")
 
 
 # Read from the Hub, and pushed to it

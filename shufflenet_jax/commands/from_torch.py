@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from .. import checkpoint
+from .. import checkpoint, hub
 from ..config import PREPROCESSING
+from ..errors import InputError
 from ..files import path_of
 from ..model import describe
 from ..porting.dialects import DIALECTS
@@ -55,6 +56,8 @@ def main(argv):
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if there is one")
     options = parser.parse_args(argv)
+    if hub.is_repository(options.ckpt):
+        raise InputError(f"{options.ckpt} needs no conversion: it is a checkpoint wherever one can stand")
     from ..porting import convert  # It needs PyTorch, an extra, and the options above do not.
 
     out = path_of(options.out or Path(options.ckpt).stem)
