@@ -115,6 +115,7 @@ def measure_milliseconds(modules: Sequence[ShuffleNetV2], height: int, width: in
       modules: the networks.
       height: of the image, in pixels.
       width: of the image, in pixels.
+
     Returns:
       The median milliseconds of a call of each.
     """

@@ -170,6 +170,7 @@ def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNet
       path: where they lie.
       info: what is said of them there.
       settings: fields of ShuffleNetV2 to change, like `dtype` and `lowering`.
+
     Raises:
       InputError: a setting contradicts the weights.
     """

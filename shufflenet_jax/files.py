@@ -139,6 +139,7 @@ def written_aside(
       target: the file or folder to write.
       folder: whether it is a folder, which alone may replace a folder.
       check: opens the target when it is in its place. If it raises, what was there before returns.
+
     Raises:
       InputError: nothing can be written, which shows before the block runs; or the disk is full.
     """

@@ -306,7 +306,7 @@ def test_a_training_begins_with_what_fits_of_another_table_and_says_what_does_no
 def test_a_training_refuses_a_table_of_which_nothing_fits_and_to_freeze_what_does_not(stored):
     with pytest.raises(InputError, match="whose stage4 do not fit"):
         begin(stored, Table((4, 6, 10, 16, 9), (2, 1, 1)), freeze="conv1,stage4")
-    with pytest.raises(InputError, match="leave `init_from` out"):
+    with pytest.raises(InputError, match="omit `init_from`"):
         begin(stored, Table((5, 8, 12, 16, 8), (1, 1, 1)))
 
 
