@@ -17,7 +17,7 @@ from .architecture import STAGES
 from .lowerings import reference
 from .lowerings.pieces import as_array
 from .model import EPSILON, ShuffleNetV2
-from .shapes import Array, Features, Images, Logits, Params, Variables
+from .shapes import Array, Features, Images, Logits, Params, Tree, Variables
 
 Result = TypeVar("Result")
 
@@ -94,8 +94,8 @@ class Deployed:
 
 
 def compile_deployed(
-    function: Callable[[Variables, Array], Result], options: Mapping[str, str] = CPU_OPTIONS
-) -> Callable[[Variables, Array], Result]:
+    function: Callable[[Tree, Array], Result], options: Mapping[str, str] = CPU_OPTIONS
+) -> Callable[[Tree, Array], Result]:
     """Compile a function that runs a deployed network, with XLA's options for it on CPUs.
 
     It omits the options if XLA does not know them, and inside a program of the caller, which has its own.
@@ -107,7 +107,7 @@ def compile_deployed(
     plain, optimized = jax.jit(function), jax.jit(function, compiler_options=options)
     optimizes = jax.default_backend() == "cpu"
 
-    def call(weights: Variables, images: Array) -> Result:
+    def call(weights: Tree, images: Array) -> Result:
         nonlocal optimizes
         if optimizes and not isinstance(images, jax.core.Tracer):
             try:

@@ -13,7 +13,7 @@ from .shapes import Array, Features, Logits, Variables
 
 def forward(
     module: ShuffleNetV2 | Deployed,
-    preprocess: Preprocess,
+    preprocess: Preprocess | None,
     variables: Variables,
     images: Shaped[Array, "batch height width channels"],
 ) -> tuple[Logits | None, Features]:
@@ -21,7 +21,7 @@ def forward(
 
     Args:
       module: a ShuffleNetV2, or its Deployed form.
-      preprocess: how to normalize uint8 images.
+      preprocess: how to normalize uint8 images; None if the images are floats.
       variables: the module's variables, or the Deployed form's weights.
       images: (B, H, W, C): uint8, which are normalized, or floats as the network takes them.
 
@@ -29,6 +29,7 @@ def forward(
       (logits, features), as the module returns them.
     """
     if images.dtype == jnp.uint8:
+        assert preprocess is not None  # uint8 images need it.
         images = normalization.normalize(images, preprocess, module.dtype)
     # By default accelerators round matrix products to bfloat16 or TF32.
     with jax.default_matmul_precision("default" if module.dtype == jnp.bfloat16 else "highest"):

@@ -45,7 +45,7 @@ from .resuming import Data
 from .rule import settle
 from .schedule import count_steps, make_schedule, peak_rate
 from .state import State, create_state
-from .step import Constants, Teacher, train_step
+from .step import Teacher, train_step
 from .summary import Summary, read_summary, summarize, write_summary
 from .supervision import load_supervision
 
