@@ -16,14 +16,20 @@ from .optimizer import make_optimizer
 class State(train_state.TrainState):
     """Everything that the next step depends on.
 
-    Besides its own fields it has step, params and opt_state. All are trees of arrays, in whose place JAX puts other
-    objects when it transforms the state, so these fields have no types.
+    All fields are trees of arrays, in whose place JAX puts other objects when it transforms the state, so they have no
+    types.
 
     Attributes:
+      step: number of steps so far.
+      params: the network's parameters.
+      opt_state: of the optimizer.
       batch_stats: the running statistics.
       ema: {"params", "batch_stats"}, moving averages of both, or None.
     """
 
+    step: Any
+    params: Any
+    opt_state: Any
     batch_stats: Any
     ema: Any
 
