@@ -26,13 +26,7 @@ import pytest
 from PIL import Image
 
 # Modules imported from here on check the types and shapes of arguments and results. As in PEP 484, an int is a float.
-ROOMS = (
-    *("data", "lowerings", "porting", "preparation", "training"),
-    *("architecture", "batch_groups", "config", "deploy", "errors", "forward", "hlo", "initialization", "model"),
-    *("parallel", "progress", "recipes", "shapes", "slices"),
-)
-CHECKED = tuple(f"shufflenet_jax.{room}" for room in ROOMS)
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.install_import_hook("shufflenet_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 # Grain sends functions to worker processes. jaxtyping keeps a weak reference in each, which pickle does not support.
 copyreg.pickle(weakref.ReferenceType, lambda reference: (weakref.ref, (reference(),)))
 

@@ -1,11 +1,13 @@
 """`models`: the published weights, what they are and where they come from."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from ..accounting import count, total
 from ..checkpoint import module_of
 from ..inference import published_info
-from ..published import list_models
+from ..published import Published, list_models
 from .parsing import CommandLine, program_of
 
 DESCRIPTION = (
@@ -14,9 +16,17 @@ DESCRIPTION = (
 )
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     parser = CommandLine(prog=program_of("models"), description=DESCRIPTION)
-    parser.add_argument("--json", action="store_true", help="a JSON object for each, one a line")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each, one per line")
     options = parser.parse_args(argv)
     columns = (30, 7, 13, 16, 8, 8, 13, 14)
     names = ("name", "width", "parameters", "multiply-adds", "top-1", "top-5", "from", "licence")
@@ -26,17 +36,22 @@ def main(argv):
         if options.json:
             print(json.dumps(row))
             continue
-        told = (row["name"], f"{row['width']}x", f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M")
-        told += (f"{row['top1']:.2f}", f"{row['top5']:.2f}", row["source"], row["licence"])
-        print("".join(f"{word:{width}}" for word, width in zip(told, columns, strict=True)).rstrip())
+        cells = [row["name"], f"{row['width']}x", f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M"]
+        cells += [f"{row['top1']:.2f}", f"{row['top5']:.2f}", row["source"], row["licence"]]
+        print("".join(f"{cell:{width}}" for cell, width in zip(cells, columns, strict=True)).rstrip())
     return 0
 
 
-def row_of(item):
+def row_of(item: tuple[str, Published]) -> dict[str, Any]:
+    """Return the figures of published weights.
+
+    Args:
+      item: of `list_models`.
+    """
     name, published = item
     info = published_info(name)
     summed = total(count(module_of(info), *info.preprocess.size))
     costs = {key: summed[key] for key in ("parameters", "multiply_adds")}
-    kept = {key: getattr(published, key) for key in ("width", "layout", "top1", "top5", "source", "licence", "file")}
+    facts = {key: getattr(published, key) for key in ("width", "layout", "top1", "top5", "source", "licence", "file")}
     url = f"{published.place}{published.file}" if published.place else None
-    return {"name": name, **costs, **kept, "url": url}
+    return {"name": name, **costs, **facts, "url": url}

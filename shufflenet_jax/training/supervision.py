@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +114,7 @@ def load_teacher(config: TrainConfig, info: ModelInfo) -> tuple[Teacher, Variabl
     Raises:
       InputError: the checkpoint cannot be read, or has other channels or classes than the network to train.
     """
-    settings = {"dtype": jnp.dtype(config.dtype), "lowering": config.lowering}
+    settings: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "lowering": config.lowering}
     module, variables, theirs = load_model(config.teacher, **settings)
     for name in ("in_chans", "num_classes"):
         if getattr(theirs, name) != getattr(info, name):
