@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from .files import printable, written_aside
 
-Prediction = tuple[UInt8[np.ndarray, "height width channels"], dict[str, Any], Float[np.ndarray, "height width"] | None]
+# An image, its classes and its class-activation map; images have different sizes.
+Prediction = tuple[UInt8[np.ndarray, "_ _ _"], dict[str, Any], Float[np.ndarray, "_ _"] | None]
 
 MOST_BARS = 8  # Beside an image.
 MOST_NAMED = 40  # Classes whose names and counts fit into a confusion matrix.

@@ -122,7 +122,7 @@ def nhwc(outputs: Array) -> Array:
     return outputs.transpose(0, 2, 3, 1) if outputs.ndim == 4 else outputs
 
 
-def example_pictures() -> dict[str, UInt8[np.ndarray, "height width 3"]]:
+def example_pictures() -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
     """Return the photographs inside scikit-learn: {name: uint8 (H, W, 3)}."""
     from sklearn.datasets import load_sample_images
 
