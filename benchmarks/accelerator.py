@@ -1,11 +1,12 @@
-"""What a GPU takes for a training step, for inference, for the start of a command and for small images.
+"""Times of a training step, of inference, of the start of a command and of small images on a GPU.
 
     python benchmarks/accelerator.py --part step --json step.json
     python benchmarks/accelerator.py --part inference --checkpoint FILE.pth --data VAL650 --json inference.json
 
-Contenders are ours, our reference lowering, and PyTorch with channels last: eager, torch.compile, and that with
-CUDA graphs ("reduce-overhead"); all compute in bfloat16. Each has a process of its own. These compile side by side, and
-are timed one at a time. What is not ready after `--minutes` is left out with a note. A table goes to stdout.
+Contenders are ours, our reference lowering, and PyTorch with channels last: eager, torch.compile, and torch.compile
+with CUDA graphs ("reduce-overhead"); all compute in bfloat16. Each has its own process. These compile side by side, and
+are timed one at a time. Contenders that are not ready after `--minutes` are skipped with a note. A table goes to
+stdout.
 
 Parts: `step` (batches of 256 and 1,024; batch norm over groups of 64 and over all), `inference` (1, 32 and 256 images;
 with `--checkpoint` and `--data` also eval.py's counts), `startup` (the first step of train.py with an empty compilation
@@ -23,8 +24,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from shufflenet_jax.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -32,20 +39,23 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 OURS, REFERENCE = "ours", "ours, reference lowering"
 TORCH = {"PyTorch": None, "torch.compile": "default", "torch.compile, CUDA graphs": "reduce-overhead"}
 GROUP = 64  # Examples that share batch statistics in the published run.
-# Else each process would take most of the GPU's memory for itself at once.
+Call = Callable[[], object]
+Row = dict[str, Any]  # {figure: number}.
+
+# By default each process would allocate most of the GPU's memory at once.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 class Task(NamedTuple):
-    """What a process measures.
+    """The measurements of a process.
 
     Attributes:
       part: "step", "cifar10" or "inference".
-      contender: who computes.
-      batches: of images; an inference process measures them one after another.
+      contender: a key of TORCH, or one of ours.
+      batches: sizes; an inference process measures them one after another.
       group: examples that share batch statistics; 0 means all.
       tiny: whether images are small, to try it on a CPU.
-      seconds: of measuring.
+      seconds: measured time of each figure.
     """
 
     part: str
@@ -56,7 +66,44 @@ class Task(NamedTuple):
     seconds: float
 
 
-def main():
+class Running(NamedTuple):
+    """A process that measures.
+
+    Attributes:
+      task: its Task.
+      process: the process.
+      stdin: of the process.
+      stdout: of the process.
+      errors: the file of its stderr.
+    """
+
+    task: Task
+    process: "subprocess.Popen[str]"
+    stdin: IO[str]
+    stdout: IO[str]
+    errors: Path
+
+
+class Torch(NamedTuple):
+    """A network in PyTorch with channels last.
+
+    Attributes:
+      network: its module.
+      compiled: the same, compiled if the contender compiles.
+      device: where it is.
+      autocast: arguments of torch.autocast.
+      wait: waits for the device.
+    """
+
+    network: "torch.nn.Module"
+    compiled: "torch.nn.Module"
+    device: str
+    autocast: dict[str, Any]
+    wait: Call
+
+
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["step", "inference", "startup", "cifar10"], default="step")
     parser.add_argument("--only", nargs="*", help="contenders to run (default: all)")
@@ -77,9 +124,9 @@ def main():
     if options.part == "startup":
         figures = startup(tiny=options.tiny)
     else:
-        found = measure(tasks_of(options), time.monotonic() + 60 * options.minutes)
-        show(found)
-        figures = [task._asdict() | row for task, rows in found for row in rows]
+        results = measure(tasks_of(options), time.monotonic() + 60 * options.minutes)
+        show(results)
+        figures = [task._asdict() | row for task, rows in results for row in rows]
     if options.part == "inference" and options.checkpoint and options.data:
         figures += counts(options.checkpoint, options.data)
     if options.json:
@@ -87,9 +134,14 @@ def main():
     return 0
 
 
-def tasks_of(options):
-    """The Tasks of a part, those that take longest to compile first."""
+def tasks_of(options: argparse.Namespace) -> list[Task]:
+    """Return the tasks of a part, those that take longest to compile first.
+
+    Args:
+      options: of the command line.
+    """
     names = [name for name in (OURS, REFERENCE, *TORCH) if options.only is None or name in options.only]
+    batches: list[tuple[int, ...]]
     if options.part == "inference":
         batches = [(1, 2) if options.tiny else (1, 32, 256)]
     elif options.part == "cifar10":
@@ -100,51 +152,74 @@ def tasks_of(options):
     tasks = [
         Task(options.part, name, sizes, group, options.tiny, options.seconds)
         for sizes, group, name in itertools.product(batches, groups, names)
-        # PyTorch has no groups on one GPU; the reference lowering is no contender for the last bit of speed.
+        # PyTorch has no groups on one GPU; the reference lowering is too slow for large batches.
         if not (group and name in TORCH) and not (name == REFERENCE and sizes[0] > 256)
     ]
     return sorted(tasks, key=lambda task: task.contender != REFERENCE)
 
 
-def measure(tasks, deadline):
-    """[(task, its rows)] of those that were ready in time."""
-    running = [(task, start(task)) for task in tasks]
-    ready = {}
-    for task, process in running:
-        waiting = threading.Thread(target=lambda t=task, p=process: ready.update({t: p.stdout.readline()}), daemon=True)
-        waiting.start()
-        process.waiting = waiting
-    found = []
-    for _, process in running:
-        process.waiting.join(max(0, deadline - time.monotonic()))
-    for task, process in running:
+def measure(tasks: Sequence[Task], deadline: float) -> list[tuple[Task, list[Row]]]:
+    """Return the figures of the tasks that were ready in time.
+
+    Args:
+      tasks: to run.
+      deadline: when they must be ready, by time.monotonic().
+    """
+    running = list(map(start, tasks))
+    ready: dict[Task, str] = {}
+
+    def await_ready(run: Running) -> None:
+        ready[run.task] = run.stdout.readline()
+
+    waiting = [threading.Thread(target=await_ready, args=(run,), daemon=True) for run in running]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(max(0, deadline - time.monotonic()))
+    results = []
+    for task, process, stdin, stdout, errors in running:
         line = ready.get(task, "")
         if line.startswith("ready"):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            rows = process.stdout.readline()
-            found += [(task, json.loads(rows))] if rows.startswith("[") else []
+            stdin.write("go\n")
+            stdin.flush()
+            rows = stdout.readline()
+            results += [(task, json.loads(rows))] if rows.startswith("[") else []
             line = "" if not rows.startswith("[") else line
         process.kill()
         if not line.startswith("ready"):
-            reason = process.stderr_file.read_text()[-500:] if task in ready else "it was not ready in time"
-            print(f"note: {task.contender}, {task.batches}, is left out: {reason}", file=sys.stderr)
-    return found
+            reason = errors.read_text()[-500:] if task in ready else "it was not ready in time"
+            print(f"note: {task.contender}, {task.batches}, is skipped: {reason}", file=sys.stderr)
+    return results
 
 
-def start(task):
+def start(task: Task) -> Running:
+    """Start the process of a task.
+
+    Args:
+      task: to run.
+    """
     errors = tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False)  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, __file__, "--child", json.dumps(task._asdict())],
-        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
         env={**os.environ, **SHARED},
     )
-    process.stderr_file = Path(errors.name)
-    return process
+    assert process.stdin and process.stdout  # Both are pipes.
+    return Running(task, process, process.stdin, process.stdout, Path(errors.name))
 
 
-def child(task):
-    """Compile, say so, wait for the word, and measure: [{"batch", "milliseconds", "memory": peak in MiB}] to stdout."""
+def child(task: Task) -> int:
+    """Compile, report it, wait for a line, and print [{"batch", "milliseconds", "memory": peak in MiB}].
+
+    Args:
+      task: to run.
+
+    Returns:
+      The exit status.
+    """
     task = task._replace(batches=tuple(task.batches))
     began = time.perf_counter()
     build = inference if task.part == "inference" else step
@@ -163,9 +238,15 @@ def child(task):
     return 0
 
 
-def times_of(call, seconds):
-    """Seconds of each of many calls, the device waited for after every one."""
-    times, end = [], time.perf_counter() + seconds
+def times_of(call: Call, seconds: float) -> list[float]:
+    """Return the seconds of each of many calls, which wait for the device.
+
+    Args:
+      call: to time.
+      seconds: time of measuring.
+    """
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
@@ -173,8 +254,8 @@ def times_of(call, seconds):
     return times
 
 
-def peak_memory():
-    """MiB on the GPU, or None."""
+def peak_memory() -> float | None:
+    """Return the peak memory on the GPU in MiB, or None."""
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     if "jax" in sys.modules:
@@ -183,17 +264,27 @@ def peak_memory():
     return None
 
 
-def config_of(task, batch):
-    """The TrainConfig of a step."""
+def config_of(task: Task, batch: int) -> "TrainConfig":
+    """Return the settings of a training step.
+
+    Args:
+      task: to run.
+      batch: size of the batch.
+    """
     from shufflenet_jax.recipes import PRESETS
 
     side = 32 if task.part == "cifar10" or task.tiny else 224
-    changes = {"batch_size": batch, "bn_group_size": task.group, "accumulate": 1, "image_size": side}
+    changes: dict[str, Any] = {"batch_size": batch, "bn_group_size": task.group, "accumulate": 1, "image_size": side}
     return dataclasses.replace(PRESETS["cifar10" if task.part == "cifar10" else "in1k"], dtype="bfloat16", **changes)
 
 
-def step(task, batch):
-    """A training step of a contender, without arguments."""
+def step(task: Task, batch: int) -> Call:
+    """Return a training step of a contender, without arguments.
+
+    Args:
+      task: to run.
+      batch: size of the batch.
+    """
     config = config_of(task, batch)
     classes = 10 if config.small_stem else 1000
     if task.contender in TORCH:
@@ -203,13 +294,17 @@ def step(task, batch):
     from shufflenet_jax.model import ShuffleNetV2, init_variables
 
     lowering = "reference" if task.contender == REFERENCE else "auto"
-    settings = {"num_classes": classes, "small_stem": config.small_stem, "dtype": config.dtype, "lowering": lowering}
-    module = ShuffleNetV2(**settings)
+    module = ShuffleNetV2(num_classes=classes, small_stem=config.small_stem, dtype=config.dtype, lowering=lowering)
     return training_step(module, init_variables(module), config)
 
 
-def inference(task, batch):
-    """Logits of a contender, without arguments."""
+def inference(task: Task, batch: int) -> Call:
+    """Return the inference of a contender, without arguments.
+
+    Args:
+      task: to run.
+      batch: size of the batch.
+    """
     side = 32 if task.tiny else 224
     if task.contender in TORCH:
         return torch_inference(task, batch, side)
@@ -218,8 +313,14 @@ def inference(task, batch):
     return jax_inference(task.contender, batch, "bfloat16", side, 1.0, None)
 
 
-def torch_network(task, classes, *, small_stem=False):
-    """(network with channels last, its device, settings of autocast, a function that waits for the device)."""
+def torch_network(task: Task, classes: int, *, small_stem: bool = False) -> Torch:
+    """Return the network of a contender in PyTorch.
+
+    Args:
+      task: to run.
+      classes: of the network.
+      small_stem: of the network.
+    """
     import torch
 
     from shufflenet_jax.architecture import TABLES
@@ -232,10 +333,17 @@ def torch_network(task, classes, *, small_stem=False):
     mode = TORCH[task.contender]
     compiled = torch.compile(network, mode=mode) if mode else network
     autocast = {"device_type": device, "dtype": torch.bfloat16}
-    return network, compiled, device, autocast, torch.cuda.synchronize if device == "cuda" else lambda: None
+    return Torch(network, compiled, device, autocast, torch.cuda.synchronize if device == "cuda" else lambda: None)
 
 
-def torch_step(task, config, classes):
+def torch_step(task: Task, config: "TrainConfig", classes: int) -> Call:
+    """Return a training step in PyTorch.
+
+    Args:
+      task: to run.
+      config: the settings.
+      classes: of the network.
+    """
     import torch
 
     network, compiled, device, autocast, wait = torch_network(task, classes, small_stem=config.small_stem)
@@ -246,7 +354,7 @@ def torch_step(task, config, classes):
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     labels = torch.randint(0, classes, shape[:1], device=device)
 
-    def call():
+    def call() -> None:
         optimizer.zero_grad()
         images = (pixels.float() - 120) / 58  # Still channels last.
         with torch.autocast(**autocast):
@@ -258,14 +366,21 @@ def torch_step(task, config, classes):
     return call
 
 
-def torch_inference(task, batch, side):
+def torch_inference(task: Task, batch: int, side: int) -> Call:
+    """Return the inference in PyTorch.
+
+    Args:
+      task: to run.
+      batch: size of the batch.
+      side: of the images, in pixels.
+    """
     import torch
 
     network, compiled, device, autocast, wait = torch_network(task, 1000)
     network.eval()
     images = torch.randn(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
 
-    def call():
+    def call() -> None:
         with torch.inference_mode(), torch.autocast(**autocast):
             compiled(images)
         wait()
@@ -273,17 +388,22 @@ def torch_inference(task, batch, side):
     return call
 
 
-def show(found):
-    """Print a row for each figure; ratios are ours over theirs, against ours of the same batch and group."""
+def show(results: Iterable[tuple[Task, list[Row]]]) -> None:
+    """Print a row for each figure, with the ratio of our time to theirs for the same batch and group.
+
+    Args:
+      results: from `measure`.
+    """
+    results = list(results)
     ours = {
         (row["batch"], task.group): row["milliseconds"]
-        for task, rows in found
+        for task, rows in results
         for row in rows
         if task.contender == OURS
     }
     print("| contender | batch | groups of | ms | images/s | our time / theirs | peak memory, MiB | ready after, s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for task, rows in sorted(found, key=lambda pair: (pair[0].batches, pair[0].group)):
+    for task, rows in sorted(results, key=lambda pair: (pair[0].batches, pair[0].group)):
         for row in rows:
             mine = ours.get((row["batch"], task.group))
             ratio = f"{mine / row['milliseconds']:.2f}" if mine else ""
@@ -294,14 +414,18 @@ def show(found):
             )
 
 
-def startup(*, tiny):
-    """Print and return the seconds to the first step of train.py, and what lies in the compilation cache then."""
+def startup(*, tiny: bool) -> list[Row]:
+    """Print and return the seconds to the first step of train.py, and the files in the compilation cache then.
+
+    Args:
+      tiny: whether images are small and few.
+    """
     from startup import first_step, save_images
 
     batch = 8 if tiny else 256
-    words = ["train.py", "--config", "in1k", "--batch-size", batch, "--bn-group-size", min(GROUP, batch)]
+    words: list[object] = ["train.py", "--config", "in1k", "--batch-size", batch, "--bn-group-size", min(GROUP, batch)]
     words += ["--log-every", 1, "--dtype", "bfloat16", *(["--image-size", 32] if tiny else [])]
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as home:
         folder = save_images(Path(home), batch)
         cache = Path(home) / "cache"
@@ -317,8 +441,13 @@ def startup(*, tiny):
     return rows
 
 
-def counts(checkpoint, data):
-    """Print and return what eval.py counts, a row; what is measured already is not lost where it fails."""
+def counts(checkpoint: str, data: str) -> list[Row]:
+    """Print and return the counts of eval.py; if it fails, print a note and return no row.
+
+    Args:
+      checkpoint: its name or path.
+      data: the images.
+    """
     words = [sys.executable, "eval.py", "--checkpoint", checkpoint, "--data", data]
     done = subprocess.run([*words], cwd=ROOT, env={**os.environ, **SHARED}, capture_output=True, text=True)
     if done.returncode:

@@ -1,10 +1,10 @@
-"""Images a second of a whole evaluation, files to counts: eval.py's code beside channels-last PyTorch.
+"""Images per second of an evaluation, from files to counts: eval.py's code beside channels-last PyTorch.
 
     python benchmarks/evaluation.py --checkpoint FILE.pth --data FOLDER [FOLDER ...]
 
-Both decode and resize with the same functions. PyTorch reads through a DataLoader with a worker a core, and predicts
-as people do: eager, channels last, in inference mode. Every run is a process of its own, all in turn, several times; a
-first pass over the data warms up, the second counts. A table of medians goes to stdout.
+Both decode and resize with the same functions. PyTorch reads through a DataLoader with one worker per core, and
+predicts as is usual: eager, channels last, in inference mode. Every run is a separate process; the contenders
+alternate, several times. A first pass over the data warms up, the second one counts. A table of medians goes to stdout.
 """
 
 import argparse
@@ -14,12 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def main():
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a PyTorch file of any dialect")
     parser.add_argument("--data", nargs="+", required=True, help="folders of images, as eval.py takes them")
@@ -33,24 +36,33 @@ def main():
 
     from model import machine
 
-    print(f"{machine()}; images a second, median of {options.rounds} runs in turn\n")
+    print(f"{machine()}; images per second, median of {options.rounds} alternating runs\n")
     print("| data | images | ours | PyTorch, channels last | ratio |\n| --- | --- | --- | --- | --- |")
     for data in options.data:
-        found = {"ours": [], "peer": []}
+        results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
         for _ in range(options.rounds):
-            for name, runs in found.items():
+            for name, runs in results.items():
                 words = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--data", data, "--child", name]
                 done = subprocess.run(words, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"error: {name} failed: {done.stderr.strip()[-2000:]}")
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
-        assert len({run["top1_correct"] for runs in found.values() for run in runs}) == 1, found
-        fast, slow = (statistics.median(run["rate"] for run in runs) for runs in found.values())
-        print(f"| {Path(data).name} | {found['ours'][0]['images']} | {fast:.0f} | {slow:.0f} | {fast / slow:.2f} |")
+        assert len({run["top1_correct"] for runs in results.values() for run in runs}) == 1, results
+        fast, slow = (statistics.median(run["rate"] for run in runs) for runs in results.values())
+        print(f"| {Path(data).name} | {results['ours'][0]['images']} | {fast:.0f} | {slow:.0f} | {fast / slow:.2f} |")
     return 0
 
 
-def ours(checkpoint, data):
+def ours(checkpoint: str, data: str) -> dict[str, Any]:
+    """Run our evaluation.
+
+    Args:
+      checkpoint: a PyTorch file.
+      data: a folder of images.
+
+    Returns:
+      {"images", "rate": images per second, "top1_correct"}.
+    """
     from functools import partial
 
     from shufflenet_jax import environment, parallel
@@ -66,15 +78,25 @@ def ours(checkpoint, data):
     module, variables, info = load_model(checkpoint)
     source = open_source(data, classes=info.classes, num_classes=info.num_classes)
     deployed, weights = deploy(module, variables)
-    step, weights = parallel.map_eval_step(partial(eval_step, deployed, info.preprocess)), parallel.replicate(weights)
+    step = parallel.map_eval_step(partial(eval_step, deployed, info.preprocess))
+    weights = parallel.replicate(weights)
 
-    def once():
+    def once() -> dict[str, Any]:
         return evaluate(step, weights, eval_batches(source, info.preprocess, batch_size=CPU_BATCH))[0]
 
     return timed(once, len(source))
 
 
-def peer(checkpoint, data):
+def peer(checkpoint: str, data: str) -> dict[str, Any]:
+    """Run the evaluation in PyTorch.
+
+    Args:
+      checkpoint: a PyTorch file.
+      data: a folder of images.
+
+    Returns:
+      {"images", "rate": images per second, "top1_correct"}.
+    """
     import torch
 
     from shufflenet_jax.data import geometry
@@ -93,19 +115,19 @@ def peer(checkpoint, data):
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
 
     class Images(torch.utils.data.Dataset):
-        def __len__(self):
+        def __len__(self) -> int:
             return len(source)
 
-        def __getitem__(self, index):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             example = source[index]
             pixels = geometry.prepare(example.image, preprocess, example.name)
-            return torch.from_numpy(pixels.copy()), example.label
+            return torch.from_numpy(pixels.copy()), int(example.label)
 
     loader = torch.utils.data.DataLoader(
         Images(), batch_size=32, num_workers=len(os.sched_getaffinity(0)), persistent_workers=True
     )
 
-    def once():
+    def once() -> dict[str, Any]:
         correct = 0
         with torch.inference_mode():
             for pixels, labels in loader:
@@ -116,7 +138,13 @@ def peer(checkpoint, data):
     return timed(once, len(source))
 
 
-def timed(once, images):
+def timed(once: Callable[[], Mapping[str, Any]], images: int) -> dict[str, Any]:
+    """Time the second call of an evaluation.
+
+    Args:
+      once: evaluates all images.
+      images: their number.
+    """
     once()
     start = time.perf_counter()
     figures = once()

@@ -2,11 +2,11 @@
 
     python benchmarks/model.py --json model.json --plot model.png
 
-PyTorch and ONNX Runtime are among the project's requirements; `pip install openvino` adds the last, and what is not
-installed is left out with a note. ONNX Runtime and OpenVINO run what our own `export` writes. Every contender runs in a
-process of its own, all of them in turn, several times; the medians of times and of each round's ratios go to stdout as
-a table. OpenVINO would choose bfloat16 by itself where the CPU has it: it is told to compute in float32, and has a row
-for bfloat16. On a GPU: `--dtype bfloat16 --inference 256 1024 --training 256 1024`.
+PyTorch and ONNX Runtime are among the project's requirements; `pip install openvino` adds the last. Contenders that are
+not installed are skipped with a note. ONNX Runtime and OpenVINO run files of our own `export`. Every contender runs in
+a separate process; they alternate, several times. The medians of times and of each round's ratios go to stdout as a
+table. OpenVINO would choose bfloat16 on CPUs that have it; here it computes in float32, and has a second row for
+bfloat16. On a GPU: `--dtype bfloat16 --inference 256 1024 --training 256 1024`.
 """
 
 import argparse
@@ -21,12 +21,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from shufflenet_jax.config import TrainConfig
+    from shufflenet_jax.model import ShuffleNetV2
+    from shufflenet_jax.shapes import Variables
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+Call = Callable[[], object]
+Key = tuple[str, str, int]  # "inference" or "training", contender, batch.
+Runs = dict[Key, list[dict[str, Any]]]  # What `child` returns for each run.
+
 WITH_FUSIONS = "ours, YNNPACK fusions"  # The network of "ours" without the compiler options that deploy.py chooses.
-INFERENCE = {  # contender: the module that it needs
+INFERENCE = {  # {contender: the module that it needs}
     "ours": "jax",
     WITH_FUSIONS: "jax",
     "ours, reference lowering": "jax",
@@ -43,7 +56,8 @@ TRAINING = [name for name, module in INFERENCE.items() if module in ("jax", "tor
 COMPILED = ("torch.compile", "torch.compile, channels last")
 
 
-def main():
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inference", type=int, nargs="*", default=[1, 8, 32, 128], help="batch sizes (%(default)s)")
     parser.add_argument("--training", type=int, nargs="*", default=[32, 64], help="batch sizes (%(default)s)")
@@ -60,13 +74,13 @@ def main():
         return 0
 
     with tempfile.TemporaryDirectory() as folder:
-        common = {"dtype": options.dtype, "seconds": options.seconds, "folder": folder}
+        common: dict[str, Any] = {"dtype": options.dtype, "seconds": options.seconds, "folder": folder}
         names = [name for name in INFERENCE if options.only is None or name in options.only]
         wanted = [("inference", name, batch) for batch in options.inference for name in names]
         wanted += [("training", name, batch) for batch in options.training for name in names if name in TRAINING]
         found = measure(wanted, options.rounds, common)
         growth = measure_growth(names, options.rounds, common) if options.plot else []
-    print(f"{machine()}; {options.dtype}, 1.0x, 224 x 224; milliseconds, median of {options.rounds} runs in turn\n")
+    print(f"{machine()}; {options.dtype}, 1.0x, 224 x 224; milliseconds, median of {options.rounds} alternating runs\n")
     show(found)
     if options.plot:
         draw(growth, options.plot)
@@ -77,12 +91,21 @@ def main():
     return 0
 
 
-def measure(wanted, rounds, common):
-    """{(kind, contender, batch): a list of what `child` returns}, all in turn, as often as there are rounds."""
+def measure(wanted: Sequence[Key], rounds: int, common: Mapping[str, Any]) -> Runs:
+    """Run all contenders alternately.
+
+    Args:
+      wanted: what to run.
+      rounds: runs of each.
+      common: arguments of `child` for all.
+
+    Returns:
+      {what: the result of each run}.
+    """
     reasons = {name: reason for name in dict.fromkeys(name for _, name, _ in wanted) if (reason := why_not(name))}
     for name, reason in reasons.items():
-        print(f"note: {name} is left out: {reason}", file=sys.stderr)
-    found = {}
+        print(f"note: {name} is skipped: {reason}", file=sys.stderr)
+    found: Runs = {}
     for number in range(rounds):
         for kind, name, batch in wanted:
             if name in reasons:
@@ -93,8 +116,12 @@ def measure(wanted, rounds, common):
     return found
 
 
-def why_not(name):
-    """Why a contender cannot run here, or None."""
+def why_not(name: str) -> str | None:
+    """Return why a contender cannot run here, or None.
+
+    Args:
+      name: of the contender.
+    """
     if importlib.util.find_spec(INFERENCE[name]) is None:
         return f"{INFERENCE[name]} is not installed"
     if name == "OpenVINO, bfloat16":
@@ -105,14 +132,24 @@ def why_not(name):
     return None
 
 
-def run_child(spec):
+def run_child(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a process, and return the result of `child` in it.
+
+    Args:
+      spec: arguments of `child`.
+    """
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps(spec)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {spec['name']} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(found):
+def show(found: Runs) -> None:
+    """Print the tables.
+
+    Args:
+      found: from `measure`.
+    """
     times = {key: [run["milliseconds"] for run in runs] for key, runs in found.items()}
     for kind in ("inference", "training"):
         batches = sorted({batch for k, _, batch in found if k == kind})
@@ -134,17 +171,23 @@ def show(found):
         print()
 
 
-def measure_growth(names, rounds, common):
-    """Time against batch, resolution and width: a list of {axis, value, contender, ...}.
+def measure_growth(names: Iterable[str], rounds: int, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Measure the time against batch, resolution and width, of ours and of torch.compile's best.
 
-    Of the names, ours and torch.compile's best are measured. Each point is the median of as many runs as there are
-    rounds.
+    Args:
+      names: of contenders.
+      rounds: runs of each point, of which the median counts.
+      common: arguments of `child` for all.
+
+    Returns:
+      [{axis, value, contender, ...}].
     """
+    points: list[tuple[str, dict[str, Any]]]
     points = [("batch", {"batch": batch}) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     points += [("resolution", {"batch": 8, "resolution": side}) for side in (128, 160, 192, 224, 256, 320)]
     points += [("width", {"batch": 8, "width": width}) for width in (0.5, 1.0, 1.5, 2.0)]
     drawn = [name for name in ("ours", COMPILED[1]) if name in names and importlib.util.find_spec(INFERENCE[name])]
-    runs = {}
+    runs: dict[tuple[int, str], list[float]] = {}
     for number in range(rounds):
         for point, (axis, settings) in enumerate(points):
             for name in drawn:
@@ -159,13 +202,19 @@ def measure_growth(names, rounds, common):
     return growth
 
 
-def draw(growth, path):
+def draw(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the growth into a PNG file.
+
+    Args:
+      growth: from `measure_growth`.
+      path: of the file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = {"batch": "images in a batch", "resolution": "pixels a side (batch 8)", "width": "width (batch 8)"}
+    labels = {"batch": "images in a batch", "resolution": "side in pixels (batch 8)", "width": "width (batch 8)"}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for panel, (axis, label) in zip(panels, labels.items(), strict=True):
         for name in dict.fromkeys(row["contender"] for row in growth):
@@ -175,13 +224,14 @@ def draw(growth, path):
         panel.set(xlabel=label, ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[0].set_xscale("log", base=2)
-    panels[0].set_ylabel("milliseconds an image")
+    panels[0].set_ylabel("milliseconds per image")
     panels[0].legend(frameon=False)
     figure.suptitle(f"Inference, {machine()}", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
-def machine():
+def machine() -> str:
+    """Describe this machine."""
     if importlib.util.find_spec("torch"):
         import torch
 
@@ -193,25 +243,47 @@ def machine():
     return f"{next(named, platform.processor())}, {cores} cores, Python {platform.python_version()}"
 
 
-def child(kind, name, batch, dtype, seconds, folder, resolution=224, width=1.0):
-    """One run of one contender: {"milliseconds": of one call, the median of this run, "memory": peak in MiB}."""
-    work = {
+def child(
+    kind: str, name: str, batch: int, dtype: str, seconds: float, folder: str, resolution: int = 224, width: float = 1.0
+) -> dict[str, float]:
+    """Run one contender once.
+
+    Args:
+      kind: "inference" or "training".
+      name: of the contender.
+      batch: size of the batch.
+      dtype: of the computation.
+      seconds: measured time.
+      folder: for files.
+      resolution: side of the images, in pixels.
+      width: of the network.
+
+    Returns:
+      {"milliseconds": of one call, the median of this run, "memory": peak in MiB}.
+    """
+    work: dict[str, dict[str, Callable[..., Call]]] = {
         "inference": {"jax": jax_inference, "torch": torch_inference},
         "training": {"jax": jax_step, "torch": torch_step},
     }
-    build = {"onnxruntime": onnx_inference, "openvino": openvino_inference}.get(INFERENCE[name])
-    build = build or work[kind][INFERENCE[name]]
+    others: dict[str, Callable[..., Call]] = {"onnxruntime": onnx_inference, "openvino": openvino_inference}
+    build = others.get(INFERENCE[name]) or work[kind][INFERENCE[name]]
     call = build(name, batch, dtype, resolution, width, Path(folder))
     median = median_seconds(call, seconds)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"milliseconds": 1e3 * median, "memory": memory}
 
 
-def median_seconds(call, seconds):
-    """Time of a call: the median of as many as fit into some seconds, at least three, after three that do not count."""
+def median_seconds(call: Call, seconds: float) -> float:
+    """Return the median time of a call, after three calls that do not count.
+
+    Args:
+      call: to time.
+      seconds: time of measuring; there are at least three calls.
+    """
     for _ in range(3):
         call()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
@@ -219,8 +291,12 @@ def median_seconds(call, seconds):
     return statistics.median(times)
 
 
-def network(width):
-    """torchvision's network in PyTorch, with seeded weights and running statistics of their own activations."""
+def network(width: float) -> "torch.nn.Module":
+    """Return torchvision's network in PyTorch, with seeded weights and running statistics of its own activations.
+
+    Args:
+      width: of the network.
+    """
     import torch
 
     from shufflenet_jax.architecture import TABLES
@@ -230,13 +306,19 @@ def network(width):
     found = NETWORKS["torchvision"](TABLES[width], 1000)
     for layer in found.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = None  # Keep the statistics of the batch below as they are.
+            layer.momentum = None  # The running statistics become those of the batch below.
     found.train()(torch.randn(8, 3, 64, 64))
     return found.eval()
 
 
-def converted(width, dtype, *, reference):
-    """(module, variables): the same network in JAX."""
+def converted(width: float, dtype: str, *, reference: bool) -> "tuple[ShuffleNetV2, Variables]":
+    """Return the same network in JAX.
+
+    Args:
+      width: of the network.
+      dtype: of the computation.
+      reference: whether to use the reference lowering.
+    """
     import jax.numpy as jnp
 
     from shufflenet_jax import environment
@@ -251,24 +333,41 @@ def converted(width, dtype, *, reference):
     return module.clone(dtype=jnp.dtype(dtype), lowering="reference" if reference else "auto"), variables
 
 
-def jax_inference(name, batch, dtype, resolution, width, _):
+def jax_inference(name: str, batch: int, dtype: str, resolution: int, width: float, _: Path | None) -> Call:
+    """Return the inference of ours, without arguments.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      dtype: of the computation.
+      resolution: side of the images, in pixels.
+      width: of the network.
+    """
     import jax
     import numpy as np
 
     from shufflenet_jax.deploy import compile_deployed, deploy
 
     reference = name not in ("ours", WITH_FUSIONS)
-    network, weights = converted(width, dtype, reference=reference)
-    if not reference:
-        network, weights = deploy(network, weights)
+    module, variables = converted(width, dtype, reference=reference)
+    network, weights = (module, variables) if reference else deploy(module, variables)
     weights = jax.device_put(weights)
     images = jax.device_put(np.random.default_rng(0).normal(size=(batch, resolution, resolution, 3)).astype("f4"))
-    jit = compile_deployed if name == "ours" else jax.jit
+    jit: Callable[..., Any] = compile_deployed if name == "ours" else jax.jit
     apply = jit(lambda weights, images: network.apply(weights, images)[0])
     return lambda: jax.block_until_ready(apply(weights, images))
 
 
-def jax_step(name, batch, dtype, resolution, width, _):
+def jax_step(name: str, batch: int, dtype: str, resolution: int, width: float, _: Path | None) -> Call:
+    """Return a training step of ours, without arguments.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      dtype: of the computation.
+      resolution: side of the images, in pixels.
+      width: of the network.
+    """
     from shufflenet_jax.config import TrainConfig
 
     module, variables = converted(width, dtype, reference=name != "ours")
@@ -276,8 +375,14 @@ def jax_step(name, batch, dtype, resolution, width, _):
     return training_step(module, variables, config)
 
 
-def training_step(module, variables, config):
-    """A function without arguments that takes a step of training on made-up images, as `train.py` takes them."""
+def training_step(module: "ShuffleNetV2", variables: "Variables", config: "TrainConfig") -> Call:
+    """Return a function that takes a training step on random images, as `train.py` takes it.
+
+    Args:
+      module: the network.
+      variables: its {"params", "batch_stats"}.
+      config: the settings.
+    """
     from functools import partial
 
     import jax
@@ -296,11 +401,12 @@ def training_step(module, variables, config):
     state = packing.pack_state(parallel.replicate(create_state(module, config, epoch, variables), device))
     step = parallel.map_train_step(partial(train_step, module, config, epoch, packing=packing), device)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (config.batch_size, config.image_size, config.image_size, 3), dtype=np.uint8)
+    shape = (config.batch_size, *config.train_preprocess.size, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = rng.integers(0, module.num_classes, config.batch_size)
     (fed,) = parallel.feed([{"images": images, "labels": labels}], plan, device)
 
-    def call():
+    def call() -> None:
         nonlocal state
         state, metrics = step(state, fed, Constants())
         jax.block_until_ready((state, metrics))
@@ -308,8 +414,21 @@ def training_step(module, variables, config):
     return call
 
 
-def torch_network(name, batch, dtype, resolution, width):
-    """(network, images, settings of autocast, synchronise) as the contender has them."""
+def torch_network(
+    name: str, batch: int, dtype: str, resolution: int, width: float
+) -> "tuple[torch.nn.Module, torch.Tensor, dict[str, Any], Call]":
+    """Return the network of a contender in PyTorch.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      dtype: of the computation.
+      resolution: side of the images, in pixels.
+      width: of the network.
+
+    Returns:
+      (network, images, arguments of torch.autocast, a function that waits for the device).
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,12 +441,21 @@ def torch_network(name, batch, dtype, resolution, width):
     return found, images, autocast, torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def torch_inference(name, batch, dtype, resolution, width, _):
+def torch_inference(name: str, batch: int, dtype: str, resolution: int, width: float, _: Path | None) -> Call:
+    """Return the inference of PyTorch, without arguments.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      dtype: of the computation.
+      resolution: side of the images, in pixels.
+      width: of the network.
+    """
     import torch
 
     found, images, autocast, wait = torch_network(name, batch, dtype, resolution, width)
 
-    def call():
+    def call() -> None:
         with torch.inference_mode(), torch.autocast(**autocast):
             found(images)
         wait()
@@ -335,7 +463,16 @@ def torch_inference(name, batch, dtype, resolution, width, _):
     return call
 
 
-def torch_step(name, batch, dtype, resolution, width, _):
+def torch_step(name: str, batch: int, dtype: str, resolution: int, width: float, _: Path | None) -> Call:
+    """Return a training step of PyTorch, without arguments.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      dtype: of the computation.
+      resolution: side of the images, in pixels.
+      width: of the network.
+    """
     import torch
 
     found, images, autocast, wait = torch_network(name, batch, dtype, resolution, width)
@@ -343,7 +480,7 @@ def torch_step(name, batch, dtype, resolution, width, _):
     optimizer = torch.optim.SGD(found.parameters(), lr=0.1, momentum=0.9, weight_decay=4e-5)
     labels = torch.randint(0, 1000, (batch,), device=images.device)
 
-    def call():
+    def call() -> None:
         optimizer.zero_grad()
         with torch.autocast(**autocast):
             loss = torch.nn.functional.cross_entropy(found(images)[0], labels)
@@ -354,8 +491,15 @@ def torch_step(name, batch, dtype, resolution, width, _):
     return call
 
 
-def onnx_file(resolution, width, folder, *, int8=False):
-    """The network as an ONNX file, made once; the ranges of int8 are those of noise, which take no other time."""
+def onnx_file(resolution: int, width: float, folder: Path, *, int8: bool = False) -> str:
+    """Write the network as an ONNX file, unless it exists; int8 has ranges of noise, which do not change the time.
+
+    Args:
+      resolution: side of the images, in pixels.
+      width: of the network.
+      folder: for the file.
+      int8: whether to compute in 8 bits.
+    """
     import numpy as np
     import onnx
 
@@ -376,19 +520,40 @@ def onnx_file(resolution, width, folder, *, int8=False):
     return str(path)
 
 
-def onnx_inference(name, batch, dtype, resolution, width, folder, *, threads=0):
+def onnx_inference(
+    name: str, batch: int, _dtype: str, resolution: int, width: float, folder: Path, *, threads: int = 0
+) -> Call:
+    """Return the inference of ONNX Runtime, without arguments.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      resolution: side of the images, in pixels.
+      width: of the network.
+      folder: for files.
+      threads: number of threads; 0 means one per core.
+    """
     import numpy as np
     import onnxruntime
 
     path = onnx_file(resolution, width, folder, int8=name.endswith("int8"))
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads  # 0, its own default: as many as there are cores.
+    settings.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     images = np.random.default_rng(0).normal(size=(batch, 3, resolution, resolution)).astype("f4")
     return lambda: session.run(None, {"images": images})
 
 
-def openvino_inference(name, batch, dtype, resolution, width, folder):
+def openvino_inference(name: str, batch: int, _dtype: str, resolution: int, width: float, folder: Path) -> Call:
+    """Return the inference of OpenVINO, without arguments.
+
+    Args:
+      name: of the contender.
+      batch: size of the batch.
+      resolution: side of the images, in pixels.
+      width: of the network.
+      folder: for files.
+    """
     import numpy as np
     import openvino
 

@@ -1,4 +1,4 @@
-"""Whether a second core helps with one image: microseconds of the right branch of a unit, and of the whole network.
+"""The effect of a second core on one image: microseconds of the right branch of a unit, and of the whole network.
 
     python benchmarks/second_core.py
 
@@ -14,17 +14,22 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from model import jax_inference, machine, median_seconds, onnx_inference  # Which makes the package known.
+from model import jax_inference, machine, median_seconds, onnx_inference  # It puts the package on the path.
 
 from shufflenet_jax.deploy import VECTOR
 from shufflenet_jax.lowerings import direct
+
+Call = Callable[[], object]
+Layer = Callable[[jax.Array, jax.Array], jax.Array]
 
 UNITS = 10  # One after the other, in one call.
 PIECES = 10
@@ -32,7 +37,8 @@ UNSHARED = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}  # The pass 
 STAGES = {"stage 2": (28, 58), "stage 3": (14, 116), "stage 4": (8, 232)}  # Pixels a side (an even number), channels.
 
 
-def main():
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1, help="measured time of a run (default: %(default)s)")
@@ -40,13 +46,13 @@ def main():
 
     jax.config.update("jax_num_cpu_devices", 2)
     calls = {stage: contenders(*size) for stage, size in STAGES.items()} | {"network": whole_networks()}
-    found = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.rounds):
         for stage, kinds in calls.items():
             for kind, call in kinds.items():
                 found.setdefault((stage, kind), []).append(1e6 * median_seconds(call, options.seconds))
 
-    print(f"{machine()}; microseconds, median of {options.rounds} runs in turn\n")
+    print(f"{machine()}; microseconds, median of {options.rounds} alternating runs\n")
     print("| whole network, one image | microseconds |\n| --- | --- |")
     for kind in calls["network"]:
         print(f"| {kind} | {statistics.median(found['network', kind]):.0f} |")
@@ -59,8 +65,8 @@ def main():
     return 0
 
 
-def whole_networks():
-    """{kind: a function that computes the logits of an image}."""
+def whole_networks() -> dict[str, Call]:
+    """Return {kind: a function that computes the logits of an image}."""
     size = 1, "float32", 224, 1.0
     with tempfile.TemporaryDirectory() as folder:
         onnx = partial(onnx_inference, "ONNX Runtime", *size, Path(folder))
@@ -71,32 +77,37 @@ def whole_networks():
         }
 
 
-def contenders(side, channels):
-    """{kind: a function that computes all units}."""
+def contenders(side: int, channels: int) -> dict[str, Call]:
+    """Return {kind: a function that computes all units}.
+
+    Args:
+      side: of the image, in pixels.
+      channels: of the branch.
+    """
     rng = np.random.default_rng(0)
     image = rng.normal(size=(1, side, side, channels)).astype("f4")
     products = rng.normal(scale=channels**-0.5, size=(UNITS, 2, 1, 1, channels, channels + -channels % VECTOR))
     weights = list(zip(products.astype("f4"), rng.normal(size=(UNITS, 3, 3, 1, channels)).astype("f4"), strict=True))
 
-    def product(x, kernel):
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.nn.relu(direct.conv(x, kernel)[..., :channels])
 
-    def in_pieces(x, kernel):
+    def in_pieces(x: jax.Array, kernel: jax.Array) -> jax.Array:
         rows = x.reshape(-1, 1, 1, channels)
         cuts = [len(rows) * piece // PIECES for piece in range(1, PIECES)]
         return jnp.concatenate([product(piece, kernel) for piece in jnp.split(rows, cuts)]).reshape(x.shape)
 
-    def depthwise(x, kernel):
+    def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return direct.conv(x, kernel, groups=channels)
 
-    def with_the_neighbours_row(x, kernel):
+    def with_the_neighbours_row(x: jax.Array, kernel: jax.Array) -> jax.Array:
         upper = jax.lax.axis_index("halves") == 0
         row = jax.lax.ppermute(jnp.where(upper, x[:, -1:], x[:, :1]), "halves", [(0, 1), (1, 0)])
         nothing = jnp.zeros_like(row)
         x = jnp.concatenate([jnp.where(upper, nothing, row), x, jnp.where(upper, row, nothing)], 1)
         return depthwise(x, kernel)[:, 1:-1]
 
-    def units(product, depthwise, x, weights):
+    def units(product: Layer, depthwise: Layer, x: jax.Array, weights: list[Any]) -> jax.Array:
         for products, kernel in weights:
             x = product(depthwise(product(x, products[0]), kernel), products[1])
         return x
@@ -121,7 +132,13 @@ def contenders(side, channels):
     return {kind: partial(run, *both) for kind, both in compiled.items()}
 
 
-def run(function, arrays):
+def run(function: Callable[..., jax.Array], arrays: tuple[Any, ...]) -> None:
+    """Call a function, and wait for its result.
+
+    Args:
+      function: to call.
+      arrays: its arguments.
+    """
     jax.block_until_ready(function(*arrays))
 
 

@@ -1,10 +1,10 @@
-"""What a training step of every preset takes on TPU slices and H100s that are not here: the table of docs/hosts.md.
+"""The costs of a training step of every preset on TPU slices and H100s that are not here: the table of docs/hosts.md.
 
     python benchmarks/slices.py --json slices.json
 
 compiles each preset's step for each slice, as `train.py --config PRESET --compile-for SLICE` does, and prints the
-table. It takes minutes for each row; what the JSON file holds is not compiled again. It needs `pip install 'jax[tpu]'
-'jax[cuda13]'`, best in an environment of its own.
+table. It takes minutes for each row; rows in the JSON file are not compiled again. It needs `pip install 'jax[tpu]'
+'jax[cuda13]'`, best in a separate environment.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is looked for on a machine without accelerators.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # Compile times are those of compiling.
+os.environ["JAX_PLATFORMS"] = "cpu"  # JAX does not look for accelerators on a machine without them.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # Compile times must not be those of the cache.
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 from shufflenet_jax.errors import InputError
@@ -34,14 +34,15 @@ COLUMNS = {
     "memory": "GB on each",
     "collectives": "collectives",
     "exchanged": "MB exchanged",
-    "touched": "MB touched an image",
+    "touched": "MB touched per image",
     "seconds": "s to compile",
 }
 
 
-def main():
+def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="keep the rows in this file, and take from it those that it has")
+    parser.add_argument("--json", type=Path, help="store the rows in this file, and reuse the rows in it")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS, help="only these")
     parser.add_argument("--slices", nargs="+", default=SLICES, metavar="SLICE", help="only these")
     options = parser.parse_args()
@@ -60,8 +61,13 @@ def main():
             print("| " + " | ".join(rows[f"{preset} {name}"].get(column, "") for column in COLUMNS) + " |")
 
 
-def row_of(preset, name):
-    """Return {column: text} of a preset on a slice."""
+def row_of(preset: str, name: str) -> dict[str, str]:
+    """Return {column: text} of a preset on a slice.
+
+    Args:
+      preset: a key of PRESETS.
+      name: of the slice.
+    """
     target = find_slice(name)
     row = {"preset": f"`{preset}`", "slice": f"`{name}`", "devices": str(len(target.devices))}
     try:

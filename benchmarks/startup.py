@@ -3,7 +3,7 @@
     python benchmarks/startup.py --checkpoint FILE.pth
 
 A training (1.0x, 224 x 224, batch 32) counts until its first step is logged; `eval.py` and `predict`, on one image,
-until they end. Every run is a process of its own; medians over the rounds. A table goes to stdout.
+until they end. Every run is a separate process; medians over the rounds. A table goes to stdout.
 """
 
 import argparse
@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train.py", "--config", "in1k", "--batch-size", "32", "--bn-group-size", "0", "--log-every", "1"]
 
 
-def main():
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="weights for the evaluation, in any form")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
@@ -31,10 +33,11 @@ def main():
 
     path = Path(options.checkpoint)
     checkpoint = path.resolve() if path.exists() else options.checkpoint  # Commands run elsewhere; or it is a name.
+    found: dict[str, dict[str, list[float]]]
     found = {"train.py, first step": {}, "eval.py, 1 image": {}, "predict, 1 image": {}}
     with tempfile.TemporaryDirectory() as home:
         folder, image = save_images(Path(home)), ROOT / "demo/bird.JPEG"
-        commands = {
+        commands: dict[str, list[object]] = {
             "eval.py, 1 image": ["eval.py", "--data", folder, "--limit", "1"],
             "predict, 1 image": ["-m", "shufflenet_jax", "predict", image],
         }
@@ -54,8 +57,16 @@ def main():
     return 0
 
 
-def save_images(home, images=32):
-    """Class folders with as many images as one step takes."""
+def save_images(home: Path, images: int = 32) -> Path:
+    """Write class folders with as many images as one step takes.
+
+    Args:
+      home: folder for the data.
+      images: for training.
+
+    Returns:
+      The folder of the data.
+    """
     for split, number in [*(("train", i) for i in range(images)), ("val", 0)]:
         place = home / f"data/{split}/n01440764/{number}.JPEG"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -63,26 +74,46 @@ def save_images(home, images=32):
     return home / "data"
 
 
-def start(words, variables):
-    words = [sys.executable, *map(str, words)]
+def start(words: Sequence[object], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """Start a Python process.
+
+    Args:
+      words: its arguments.
+      variables: of its environment.
+    """
     return subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
-def whole(words, variables):
-    """Seconds until a command has ended."""
+def whole(words: Sequence[object], variables: Mapping[str, str]) -> float:
+    """Return the seconds until a command has ended.
+
+    Args:
+      words: its arguments.
+      variables: of its environment.
+    """
     began = time.perf_counter()
     process = start(words, variables)
-    told = process.communicate()[0]
+    output = process.communicate()[0]
     if process.returncode:
-        raise SystemExit(f"error: {' '.join(map(str, words))} failed: {told[-2000:]}")
+        raise SystemExit(f"error: {' '.join(map(str, words))} failed: {output[-2000:]}")
     return time.perf_counter() - began
 
 
-def first_step(words, variables):
-    """Seconds until a training's first step is in its log; what comes after is cut short."""
-    metrics = Path(words[-1]) / "metrics.jsonl"
+def first_step(words: Sequence[object], variables: Mapping[str, str]) -> float:
+    """Return the seconds until a training's first step is in its log, and end the training.
+
+    Args:
+      words: its arguments, the last one the workdir.
+      variables: of its environment.
+    """
+    metrics = Path(str(words[-1])) / "metrics.jsonl"
     began = time.perf_counter()
     process = start(words, variables)
     try:
@@ -90,7 +121,7 @@ def first_step(words, variables):
             if metrics.is_file() and metrics.stat().st_size:
                 return time.perf_counter() - began
             time.sleep(0.01)
-        raise SystemExit(f"error: the training ended: {process.stdout.read()[-2000:]}")
+        raise SystemExit(f"error: the training ended: {process.stdout.read()[-2000:] if process.stdout else ''}")
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -1,4 +1,4 @@
-"""tf.data's part of input_pipeline.py, for a Python that has TensorFlow: prints its images a second on one core."""
+"""tf.data's part of input_pipeline.py, for a Python with TensorFlow: prints its images per second on one core."""
 
 import json
 import os
@@ -10,7 +10,13 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import tensorflow as tf
 
 
-def main(home, seconds):
+def main(home: Path, seconds: float) -> None:
+    """Measure, and print the rate.
+
+    Args:
+      home: folder of a data set.
+      seconds: measured time.
+    """
     path = home / "images.tfrecord"
     if not path.exists():
         with tf.io.TFRecordWriter(str(path)) as writer:
@@ -38,11 +44,17 @@ def main(home, seconds):
     print(json.dumps({"images_per_second": images / elapsed}))
 
 
-def crop(data):
-    """RandomResizedCrop with TensorFlow's means: only the crop is decoded, then scaled, then flipped.
+def crop(data: tf.Tensor) -> tf.Tensor:
+    """Apply RandomResizedCrop with TensorFlow's operations: decode only the crop, scale it and flip it.
 
     Not `sample_distorted_bounding_box`, whose crops are smaller (its heights are uniform, MMPretrain's areas are): the
     work must be the same.
+
+    Args:
+      data: an encoded JPEG.
+
+    Returns:
+      uint8 (224, 224, 3).
     """
     shape = tf.io.extract_jpeg_shape(data)[:2]
     area = tf.random.uniform((10,), 0.08, 1) * tf.cast(tf.reduce_prod(shape), tf.float32)

@@ -1,15 +1,15 @@
-"""What the host costs a training: train.py's loop beside the same steps on a batch that lies ready on the device.
+"""The cost of the host in a training: train.py's loop beside the same steps on a batch that waits on the device.
 
     python benchmarks/training_loop.py [--data tfds:NAME --data-dir DIR]
 
-Preset cifar10. The loop reads, decodes, shifts and copies images, moves the progress bar and keeps the metrics; the
-steps alone do none of it. Both go on with the same training, some steps each in turn: the steps alone once the decoding
-threads have filled their buffers and rest, the loop once it has emptied these, so that it pays for each batch that it
-takes; each after as many steps that do not count. It is the second pass over the data, or with `--first-pass` the
-first, which decodes small images for all later ones. A turn of the loop ends with a line of the log, which train.py has
+Preset cifar10. The loop reads, decodes, shifts and copies images, moves the progress bar and adds up the metrics; the
+bare steps do none of it. Both continue the same training, and alternate after some steps: the bare steps run once the
+decoding threads have filled their buffers and rest, the loop once it has emptied these, so that it pays for each batch;
+each after as many steps that do not count. It is the second pass over the data, or with `--first-pass` the first one,
+which decodes small images for all later ones. A turn of the loop ends with a line of the log, which train.py writes
 every 100 steps. On a CPU the decoding threads compete with the step for the cores, which counts as cost here; on an
-accelerator they do not. Told beside it are the time that the loop's own thread computes, and that of decoding a batch
-where nothing else runs.
+accelerator they do not. The table also has the computing time of the loop's own thread, and the time of decoding a
+batch while nothing else runs.
 """
 
 import argparse
@@ -18,19 +18,26 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shufflenet_jax.config import TrainConfig
+    from shufflenet_jax.data.sources import Source
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-BUFFERED = 8  # Steps after which no batch is left that was decoded before: Grain and `feed` keep fewer.
-REST = 3  # Seconds in which the decoding threads fill their buffers.
+BUFFERED = 8  # Steps after which all earlier decoded batches are used up: Grain and `feed` hold fewer.
+REST = 3  # Seconds for the decoding threads to fill their buffers.
 
 
-def main():
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="as train.py takes it (default: random images, written as PNG)")
-    parser.add_argument("--data-dir", help="where tfds: data sets lie")
+    parser.add_argument("--data-dir", help="folder of tfds: data sets")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8, help="of a turn (default: %(default)s)")
@@ -55,15 +62,20 @@ def main():
         f"{machine()}; {options.width}x, 32 x 32 pixels, batches of {options.batch_size}; medians of {options.rounds}\n"
     )
     print(
-        "| the loop, ms a step | the step alone, ms | the loop costs | its own thread, ms | decoding on one core, ms |"
+        "| the loop, ms per step | bare step, ms | cost of the loop | its own thread, ms | decoding on one core, ms |"
     )
     print(f"|{' --- |' * 5}")
     print(f"| {whole:.0f} | {bare:.0f} | {cost:.1f} % | {own:.1f} ({100 * own / bare:.1f} %) | {decoding:.1f} |")
     return 0
 
 
-def small_images(options, folder):
-    """(config, source) of the training."""
+def small_images(options: argparse.Namespace, folder: Path) -> "tuple[TrainConfig, Source]":
+    """Return the settings and the data of the training.
+
+    Args:
+      options: of the command line.
+      folder: for random images.
+    """
     from shufflenet_jax.data.sources import open_source
     from shufflenet_jax.recipes import PRESETS
 
@@ -73,8 +85,15 @@ def small_images(options, folder):
     return config, open_source(config.data, "train", data_dir=config.data_dir)
 
 
-def seconds_to_decode(source, config, skipped, batches=100):
-    """What a batch costs one core while nothing else runs, in reading, decoding and shifting."""
+def seconds_to_decode(source: "Source", config: "TrainConfig", skipped: int, batches: int = 100) -> float:
+    """Return the seconds of one core to read, decode and shift a batch while nothing else runs.
+
+    Args:
+      source: the data.
+      config: the settings.
+      skipped: batches that do not count.
+      batches: to measure.
+    """
     from shufflenet_jax.data.pipeline import train_batches
 
     found = iter(train_batches(source, config, stop_step=skipped + batches, threads=1))
@@ -86,8 +105,17 @@ def seconds_to_decode(source, config, skipped, batches=100):
     return (time.process_time() - start) / batches
 
 
-def measure(source, config, options, skipped):
-    """Seconds a step of each turn: in the loop, on a batch that lies ready, and computed by the loop's own thread."""
+def measure(
+    source: "Source", config: "TrainConfig", options: argparse.Namespace, skipped: int
+) -> Iterator[tuple[float, ...]]:
+    """Yield the seconds per step of each turn: in the loop, on a waiting batch, and of the loop's own thread.
+
+    Args:
+      source: the data.
+      config: the settings.
+      options: of the command line.
+      skipped: batches that do not count.
+    """
     import jax
 
     from shufflenet_jax import checkpoint, parallel
@@ -109,6 +137,7 @@ def measure(source, config, options, skipped):
     for _ in range(skipped):
         next(batches)
     ready = next(batches)
+    start = own = 0.0
     state, _ = jax.block_until_ready(step_fn(state, ready, Constants()))
     for _ in range(options.rounds):
         time.sleep(REST)
@@ -134,8 +163,12 @@ def measure(source, config, options, skipped):
         yield tuple(seconds / options.steps for seconds in turn)
 
 
-def random_images(folder):
-    """Fills a folder with 25,600 small images in ten classes."""
+def random_images(folder: Path) -> Path:
+    """Fill a folder with 25,600 small images in ten classes, and return it.
+
+    Args:
+      folder: its path.
+    """
     import numpy as np
     from PIL import Image
 

@@ -61,8 +61,8 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # The libraries take seconds to import: only what is asked for is.
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name.
+    # The libraries take seconds to import, so import only those of this name.
     if name in _PLACES:
         require_system()
         return getattr(import_module(f".{_PLACES[name]}", __name__), name)
@@ -77,21 +77,27 @@ def __dir__() -> list[str]:
 
 
 def load(
-    checkpoint: Any, *, num_classes: int | None = None, in_chans: int | None = None, **settings: Any
-) -> tuple[Any, Any]:
-    """Return the network of a checkpoint, for a Flax loop of your own.
+    checkpoint: Any,  # noqa: ANN401 - a path or a name; get_model checks it.
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    **settings: Any,  # noqa: ANN401 - of several types.
+) -> tuple["ShuffleNetV2", dict[str, Any]]:
+    """Load the network of a checkpoint, for your own Flax loop.
 
     Args:
       checkpoint: a published name, a model directory, a training workdir (its best checkpoint, else the latest), one
         of its numbered checkpoints or a .pth file.
-      num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
-      in_chans: channels of the images, where they are not the checkpoint's; as in `get_model`.
+      num_classes: of a new classifier; None means the checkpoint's, 0 none.
+      in_chans: channels of the images, as in `get_model`; None means the checkpoint's.
       settings: `conv5`, the `seed` of a new classifier, or fields of ShuffleNetV2 like `dtype`,
         `lowering` or `remat`.
+
     Returns:
       (module, variables): a ShuffleNetV2 and its {"params", "batch_stats"} as NumPy arrays.
+
     Raises:
-      InputError: a ValueError whose message is one line; nothing usable lies there, or it cannot be changed so.
+      InputError: a ValueError whose message is one line: the checkpoint or a setting is unusable.
     """
     require_system()
     from .inference import get_model

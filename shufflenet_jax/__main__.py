@@ -1,6 +1,6 @@
-"""`python -m shufflenet_jax COMMAND`, installed `shufflenet-jax COMMAND`: the scripts' own code.
+"""`python -m shufflenet_jax COMMAND`, installed as `shufflenet-jax COMMAND`, runs the code of the scripts.
 
-Nothing slow is imported before Ctrl-C can end the process quietly.
+It imports nothing slow before Ctrl-C can end the process quietly.
 """
 
 import contextlib
@@ -13,24 +13,31 @@ from collections.abc import Iterator, Sequence
 from .errors import InputError
 from .installation import require_system
 
-COMMANDS = {  # name: (module with main(argv), what it does)
+COMMANDS = {  # {name: (module with main(argv), description)}
     "train": ("train", "train a preset"),
     "eval": ("evaluate", "evaluate a checkpoint"),
-    "predict": ("predict", "tell what is in images"),
+    "predict": ("predict", "classify images"),
     "models": ("models", "list the published weights"),
-    "info": ("info", "tell what a network costs, stage by stage"),
+    "info": ("info", "count what a network costs, per stage"),
     "export": ("export", "write a network for another runtime: StableHLO, ONNX, safetensors, PyTorch"),
-    "publish": ("publish", "make a folder to give away of a checkpoint, and push it to the Hugging Face Hub"),
-    "prepare": ("prepare", "turn images or TFRecords into a data set that trains at full speed"),
-    "verify": ("verify", "tell what a data set holds, and what in it cannot be read"),
-    "plot": ("plot", "draw the curves of a training"),
+    "publish": ("publish", "write a checkpoint as a folder to publish, and push it to the Hugging Face Hub"),
+    "prepare": ("prepare", "convert images or TFRecords to a data set that trains at full speed"),
+    "verify": ("verify", "check a data set: its contents, and the images that cannot be read"),
+    "plot": ("plot", "draw the curves of a training run"),
     "convert": ("from_torch", "convert a PyTorch checkpoint into a model directory"),
     "convert-back": ("to_torch", "write a model directory as a PyTorch checkpoint"),
 }
 
 
 def main(argv: Sequence[str]) -> int | None:
-    """Run the command that the first word names with the others; return its exit status."""
+    """Run a command.
+
+    Args:
+      argv: its name and its arguments.
+
+    Returns:
+      Its exit status.
+    """
     with interrupts_quiet():
         import argparse
         import importlib
@@ -46,13 +53,20 @@ def main(argv: Sequence[str]) -> int | None:
         )
         parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of these; see COMMAND --help")
         options = parser.parse_args(argv[:1])
-        # Only what the command needs is imported: the libraries take seconds.
+        # Import only the libraries of this command: each takes seconds.
         module = importlib.import_module(f".commands.{COMMANDS[options.command][0]}", __package__)
     return module.main(argv[1:])
 
 
 def entry(*words: str) -> int:
-    """Run a command as a process: the words and those of the command line; return its exit status."""
+    """Run a command as a process.
+
+    Args:
+      words: arguments before those of the command line.
+
+    Returns:
+      Its exit status.
+    """
     try:
         require_system()
     except InputError as error:
@@ -65,9 +79,9 @@ def entry(*words: str) -> int:
 
 @contextlib.contextmanager
 def interrupts_quiet() -> Iterator[None]:
-    """End the process with status 130 at Ctrl-C; an exception would surface anywhere inside an import."""
+    """End the process with status 130 at Ctrl-C, within the block; an exception could appear inside any import."""
     usual, here = signal.default_int_handler, threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not usual:  # Python sets handlers in the main thread alone.
+    if not here or signal.getsignal(signal.SIGINT) is not usual:  # Python sets handlers only in the main thread.
         yield
         return
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))

@@ -1,6 +1,6 @@
-"""What a ShuffleNetV2 costs, stage by stage: parameters, multiply-adds, activations, receptive field; and its time.
+"""The costs of a ShuffleNetV2 per stage: parameters, multiply-adds, activations, receptive field; and its time.
 
-All but the time is read from a trace of the network itself in the reference lowering, without computing anything.
+All except the time come from a trace of the network itself in the reference lowering, which computes nothing.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from . import progress
 from .architecture import FEATURES
@@ -21,49 +21,77 @@ from .deploy import compile_deployed, deploy
 from .forward import forward
 from .model import ShuffleNetV2, variable_shapes
 
-SECONDS, FEWEST_CALLS = 1.0, 5  # That each network is timed for, at least.
+SECONDS, FEWEST_CALLS = 1.0, 5  # Shortest time, and fewest calls, over which each network is timed.
 
 
 class Stage(NamedTuple):
-    """What a part of the network costs for one image."""
+    """The costs of a part of the network for one image.
 
-    name: str  # "stem" is conv1 and the max pool, "fc" the global mean and the classifier.
-    parameters: int  # Without batch norm's running statistics.
-    multiply_adds: int  # Of convolutions and the classifier.
-    multiply_adds_with_norms: int  # Two more for each output of a batch norm, as fvcore and MMPretrain count.
-    activations: int  # Numbers that convolutions and the classifier put out, as timm, fvcore and MMPretrain count.
-    receptive_field: int | None  # Side, in pixels, of the square that one output depends on; None: the whole image.
-    stride: int | None  # From one output to the next, in pixels of the image; None where there is but one.
-    output: tuple[int, ...]  # (H, W, C); (num_classes,) of the classifier.
+    Attributes:
+      name: "stem" is conv1 and the max pool, "fc" the global mean and the classifier.
+      parameters: without batch norm's running statistics.
+      multiply_adds: of convolutions and the classifier.
+      multiply_adds_with_norms: the same plus two for each output of a batch norm, as fvcore and MMPretrain count.
+      activations: number of outputs of convolutions and the classifier, as timm, fvcore and MMPretrain count.
+      receptive_field: side, in pixels, of the square that one output depends on; None means the whole image.
+      stride: from one output to the next, in pixels of the image; None if there is only one.
+      output: (H, W, C), or (num_classes,) of the classifier.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    multiply_adds_with_norms: int
+    activations: int
+    receptive_field: int | None
+    stride: int | None
+    output: tuple[int, ...]
 
 
 class View(NamedTuple):
-    """How an array sees the images: each of its pixels a square of `field` pixels a side, `stride` pixels apart."""
+    """The part of the images on which the pixels of an array depend: squares at equal distances.
+
+    Attributes:
+      field: side of a square, in pixels.
+      stride: distance between two squares, in pixels.
+    """
 
     field: float
     stride: float
 
 
-WHOLE = View(math.inf, math.inf)  # What a mean over all pixels sees.
+WHOLE = View(math.inf, math.inf)  # Of a mean over all pixels.
+Value = str | View | None  # The path of a parameter, the View of what depends on the images, or None for constants.
 
 
 class Operation(NamedTuple):
-    """A convolution or matrix product."""
+    """A convolution or matrix product.
 
-    kernel: str  # The path of its weights.
+    Attributes:
+      kernel: path of its weights.
+      multiply_adds: for one image.
+      outputs: number of outputs for one image.
+    """
+
+    kernel: str
     multiply_adds: int
     outputs: int
 
 
-def count(module, height, width):
-    """The costs of a ShuffleNetV2 for one image of height x width pixels.
+def count(module: ShuffleNetV2, height: int, width: int) -> list[Stage]:
+    """Count the costs of a ShuffleNetV2 for one image.
 
-    A multiply-add is one multiplication and one addition; products with the padding count like all others, biases and
-    everything else do not count. The receptive field follows the longest branch, reaches beyond the borders of small
-    images and includes the max pool.
+    A multiply-add is one multiplication and one addition. Products with the padding count too; biases and everything
+    else do not. The receptive field follows the longest branch, reaches beyond the borders of small images and includes
+    the max pool.
+
+    Args:
+      module: the network.
+      height: of the image, in pixels.
+      width: of the image, in pixels.
 
     Returns:
-      A list of Stage: stem, stage2, stage3, stage4, and conv5 and fc where the module has them.
+      The costs of stem, stage2, stage3, stage4 and, if the module has them, conv5 and fc.
     """
     module = module.clone(lowering="reference", remat=False)
     variables = variable_shapes(module)
@@ -71,7 +99,7 @@ def count(module, height, width):
     jaxpr, shapes = jax.make_jaxpr(module.apply, return_shape=True)(variables, images)
     sizes = {_join(path): leaf.size for path, leaf in jax.tree.leaves_with_path(variables["params"])}
 
-    operations = []
+    operations: list[Operation] = []
     paths = [_join(path[1:]) for path, _ in jax.tree.leaves_with_path(variables)]
     views = _follow(jaxpr.jaxpr, [*paths, View(1, 1)], operations)
     logits, features = shapes
@@ -100,21 +128,26 @@ def count(module, height, width):
     return stages
 
 
-def total(stages):
-    """The sums of a list of Stage, by name."""
+def total(stages: Sequence[Stage]) -> dict[str, int]:
+    """Return the sums of the costs, by name.
+
+    Args:
+      stages: from `count`.
+    """
     names = ("parameters", "multiply_adds", "multiply_adds_with_norms", "activations")
     return {name: sum(getattr(stage, name) for stage in stages) for name in names}
 
 
 def measure_milliseconds(modules: Sequence[ShuffleNetV2], height: int, width: int) -> list[float]:
-    """Time networks on this machine in the form in which they predict fastest, one image a call.
+    """Time networks on this machine in their fastest form, with one image per call.
 
-    Their calls alternate, so other work on the machine slows all of them alike. Their weights are random.
+    Their calls alternate, so other work on the machine slows all of them equally. Their weights are random.
 
     Args:
       modules: the networks.
       height: of the image, in pixels.
       width: of the image, in pixels.
+
     Returns:
       The median milliseconds of a call of each.
     """
@@ -138,7 +171,7 @@ def _deployed_call(module: ShuffleNetV2, height: int, width: int) -> Callable[[]
     rng = np.random.default_rng(0)
     images = jax.device_put(rng.normal(size=(1, height, width, module.in_chans)).astype(np.float32))
 
-    def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-1].key == "kernel":  # Activations neither vanish nor overflow, which would change the time.
             return (rng.normal(size=leaf.shape) * (2 / math.prod(leaf.shape[:-1])) ** 0.5).astype(np.float32)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
@@ -150,15 +183,12 @@ def _deployed_call(module: ShuffleNetV2, height: int, width: int) -> Callable[[]
     return partial(predict, weights, images)
 
 
-def _follow(jaxpr, values, operations):
-    """What the outputs of a jaxpr are, if `values` are its inputs; adds what it does to `operations`.
+def _follow(jaxpr: Jaxpr, inputs_of_all: Sequence[Value], operations: list[Operation]) -> list[Value]:
+    """Return the values of a jaxpr's outputs for those of its inputs; add its operations to the list."""
+    values = dict(zip(jaxpr.invars, inputs_of_all, strict=True))
 
-    A value is the path of a parameter, the View of what depends on the images, or None for constants.
-    """
-    known = dict(zip(jaxpr.invars, values, strict=True))
-
-    def value_of(atom):
-        return None if isinstance(atom, Literal) else known.get(atom)
+    def value_of(atom: Var | Literal) -> Value:
+        return None if isinstance(atom, Literal) else values.get(atom)
 
     for equation in jaxpr.eqns:
         inputs = [value_of(atom) for atom in equation.invars]
@@ -167,20 +197,20 @@ def _follow(jaxpr, values, operations):
             outputs = _follow(called.jaxpr, inputs, operations)
         else:
             outputs = [_result(equation, inputs, operations)] * len(equation.outvars)
-        known.update(zip(equation.outvars, outputs, strict=True))
+        values.update(zip(equation.outvars, outputs, strict=True))
     return [value_of(atom) for atom in jaxpr.outvars]
 
 
-def _result(equation, inputs, operations):
-    """What one equation makes of its inputs, in the words of `_follow`."""
+def _result(equation: JaxprEqn, inputs: list[Value], operations: list[Operation]) -> Value:
+    """Return the value of one equation's outputs, and add its operation to the list."""
     views = [value for value in inputs if isinstance(value, View)]
-    if not views:  # Of parameters and constants, like a kernel that only changes its type.
+    if not views:  # It depends on parameters and constants only, like a kernel that changes its type.
         return next((value for value in inputs if value), None)
     view, name = max(views), equation.primitive.name
     if name in ("conv_general_dilated", "dot_general"):
         kernel, outputs = equation.invars[1].aval, equation.outvars[0].aval.size
-        # (size, size, inputs of a group, outputs) or (inputs, outputs): each output costs all but the last axis.
-        operations.append(Operation(inputs[1], outputs * kernel.size // kernel.shape[-1], outputs))
+        # (size, size, inputs of a group, outputs) or (inputs, outputs): each output costs all axes except the last.
+        operations.append(Operation(str(inputs[1]), outputs * kernel.size // kernel.shape[-1], outputs))
     if name == "conv_general_dilated":
         return _through(view, kernel.shape[0], equation.params["window_strides"][0])
     if name == "reduce_window_max":
@@ -188,15 +218,15 @@ def _result(equation, inputs, operations):
     return WHOLE if name == "reduce_sum" else view
 
 
-def _through(view, window, stride):
+def _through(view: View, window: int, stride: int) -> View:
     return View(view.field + (window - 1) * view.stride, view.stride * stride)
 
 
-def _join(path):
+def _join(path: tuple[Any, ...]) -> str:
     return "/".join(key.key for key in path)
 
 
-def _stage_of(path):
-    """stage3 of "stage3_unit0/right_dw/conv/kernel"."""
+def _stage_of(path: str) -> str:
+    """Return the stage of a path: stage3 of "stage3_unit0/right_dw/conv/kernel"."""
     layer = path.partition("/")[0].partition("_")[0]
     return "stem" if layer == "conv1" else layer

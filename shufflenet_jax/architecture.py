@@ -4,21 +4,20 @@ The published tables are those of table 5 of Ma et al. (ECCV 2018). Nothing here
 """
 
 import operator
-from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
-from .errors import InputError
+from .errors import InputError, Unchecked
 
 STAGES = ("stage2", "stage3", "stage4")
-COLUMNS = ("stem", *STAGES, "conv5")  # What each number of a table's channels counts.
+COLUMNS = ("stem", *STAGES, "conv5")  # The layers whose channels a table lists.
 LAYERS = ("conv1", *STAGES, "conv5")  # The backbone, as parameter paths name it.
 LEVELS = ("conv1", "stem", *STAGES)  # What `out_indices` of a backbone count: each has half of the resolution before.
 FEATURES = (*COLUMNS, "pooled")  # The outputs that a network returns beside its logits.
 Layout = Literal["torchvision", "megvii"]  # How units are wired; "megvii" is the authors' own release.
 LAYOUTS = get_args(Layout)
 MOST_CHANNELS, MOST_UNITS = 10_000, 100  # Of a layer, and of a stage: far beyond any use.
-TABLE_FIELDS = ("width", "channels", "repeats")  # By which settings, modules and model.json describe a table.
+TABLE_FIELDS = ("width", "channels", "repeats")  # The settings and the keys of model.json that describe a table.
 
 
 class Table(NamedTuple):
@@ -42,15 +41,14 @@ TABLES = {  # {width: its published table}
 }
 
 
-def resolve_table(
-    width: float | None, channels: Iterable[int] | None = None, repeats: Iterable[int] | None = None
-) -> Table:
-    """Return the table of a width, with other channels or repeats where they are given.
+def resolve_table(width: Unchecked, channels: Unchecked = None, repeats: Unchecked = None) -> Table:
+    """Return the table of a width, or of the channels or repeats that replace its own.
 
     Args:
-      width: a key of TABLES; None where `channels` are given.
+      width: a key of TABLES; None if `channels` are given.
       channels: outputs of the stem, stage2, stage3, stage4 and conv5, instead of the width's.
       repeats: units of stage2, stage3 and stage4, instead of the width's.
+
     Raises:
       InputError: there is no such width, or the others are no whole numbers. `fault_of` says whether they fit.
     """
@@ -66,7 +64,7 @@ def resolve_table(
     )
 
 
-def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+def _whole_numbers(name: str, values: Unchecked) -> tuple[int, ...]:
     try:
         return tuple(map(operator.index, values))
     except TypeError as error:
@@ -74,22 +72,26 @@ def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
 
 
 def table_settings(table: Table) -> dict[str, Any]:
-    """Return {"width", "channels", "repeats"} of a table: a published one by its width alone, others without width."""
+    """Return {"width", "channels", "repeats"} of a table: a published one by its width alone, others without width.
+
+    Args:
+      table: any table.
+    """
     width = width_of(table)
     return dict(zip(TABLE_FIELDS, (None, *table) if width is None else (width, None, None), strict=True))
 
 
 def width_of(table: Table) -> float | None:
-    """Return the width whose published table this is, or None."""
+    """Return the width of a published table, or None for another table."""
     return next((width for width, published in TABLES.items() if published == table), None)
 
 
 def name_of(table: Table, *, conv5: bool = True) -> str:
-    """Name a table: "1.0x" where it is published, else by channels and repeats, like "24,48,96,192,192/4,8,4".
+    """Return a table's name: "1.0x" if it is published, else its channels and repeats, like "24,48,96,192,192/4,8,4".
 
     Args:
       table: a Table.
-      conv5: whether the network has conv5; without it the table's last number means nothing, and is left out.
+      conv5: whether the network has conv5; without it the table's last number means nothing, and the name omits it.
     """
     width = width_of(table)
     if width is not None:
@@ -99,7 +101,12 @@ def name_of(table: Table, *, conv5: bool = True) -> str:
 
 
 def fault_of(table: Table, layout: str) -> str | None:
-    """Return why no network of a layout can have a table, or None where one can."""
+    """Return why no network of a layout can have a table, or None if one can.
+
+    Args:
+      table: the table.
+      layout: wiring of the network.
+    """
     groups = (
         ("channels", "channels", table.channels, COLUMNS, MOST_CHANNELS),
         ("repeats", "units", table.repeats, STAGES, MOST_UNITS),

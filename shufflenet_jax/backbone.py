@@ -2,11 +2,12 @@
 
 import operator
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .architecture import LEVELS
 from .errors import InputError
 from .model import ShuffleNetV2, variable_shapes
+from .shapes import Variables
 
 
 class FeatureMap(NamedTuple):
@@ -65,7 +66,7 @@ def resolve_levels(out_indices: Iterable[int] | None) -> tuple[str, ...]:
     return tuple(LEVELS[index] for index in indices)
 
 
-def drop_layers(module: ShuffleNetV2, variables: Any, outputs: tuple[str, ...]) -> tuple[ShuffleNetV2, Any]:
+def drop_layers(module: ShuffleNetV2, variables: Variables, outputs: tuple[str, ...]) -> tuple[ShuffleNetV2, Variables]:
     """Return a network that ends with the last of some feature maps.
 
     Args:

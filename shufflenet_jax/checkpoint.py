@@ -1,7 +1,7 @@
 """Model directories and training checkpoints on disk: the only file that imports orbax.
 
-A model directory holds `model.json` and the variables; a training workdir holds `model.json` and numbered checkpoints
-with the variables and, beside them, what the optimiser needs to go on and, where kept, the variables' moving averages.
+A model directory holds `model.json` and the variables. A training workdir holds `model.json` and numbered checkpoints
+with the variables, the state of the optimizer and, optionally, the variables' moving averages.
 """
 
 import contextlib
@@ -14,8 +14,10 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,16 +27,19 @@ from orbax.checkpoint import checkpoint_managers
 from . import parallel
 from .architecture import TABLE_FIELDS
 from .config import ModelInfo
-from .errors import InputError
+from .errors import InputError, Unchecked
 from .files import path_of, read_file, refused_write, require_plain, written_aside
 from .model import SETTINGS, ShuffleNetV2, variable_shapes
+from .shapes import Params, Variables
+
+Loaded = tuple[ShuffleNetV2, Variables, ModelInfo]
 
 INFO, VARIABLES, OPTIMIZER, EMA, STEPS = "model.json", "variables", "optimizer", "ema", "checkpoints"
 METRICS = "metrics"  # Orbax's folder in a numbered checkpoint, and the file in it.
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in a numbered checkpoint, which has our hashes too.
-# What the system reports where nothing is wrong with a file's content.
+# Errors of the system that do not mean damaged files.
 NO_DAMAGE = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)))
-# What no setting changes in a file.
+# Settings that a checkpoint determines.
 FIXED = (*TABLE_FIELDS, "layout", "small_stem", "num_classes", "in_chans", "conv5")
 
 
@@ -42,8 +47,12 @@ class DamagedError(InputError):
     """A checkpoint's files are not those that were written."""
 
 
-def module_of(info, **settings):
-    """The ShuffleNetV2 that a ModelInfo describes, with settings like `dtype` and `lowering`.
+def module_of(info: ModelInfo, **settings: Unchecked) -> ShuffleNetV2:
+    """Return the module of a model description.
+
+    Args:
+      info: the description.
+      settings: other fields of ShuffleNetV2, like `dtype` and `lowering`.
 
     Raises:
       InputError: there is no such setting, or it cannot have this value.
@@ -54,21 +63,27 @@ def module_of(info, **settings):
     return ShuffleNetV2(**{name: getattr(info, name) for name in (*FIXED, "dropout")} | settings)
 
 
-def save_model(directory, info, variables, *, overwrite=False):
-    """Writes a model directory: whole, or not at all.
+def save_model(directory: str | Path, info: ModelInfo, variables: Variables, *, overwrite: bool = False) -> None:
+    """Write a model directory, completely or not at all.
+
+    Args:
+      directory: to write.
+      info: the model description.
+      variables: {"params", "batch_stats"}.
+      overwrite: replace a model that is there.
 
     Raises:
-      InputError: something lies there already, and `overwrite` is off; or the place cannot be written.
+      InputError: something else is there, or a model without `overwrite`; or the place cannot be written.
     """
     directory = path_of(directory).absolute()
     require_free(directory, overwrite=overwrite)
-    alone = _by_itself()
+    alone = _only_this_process()
     with written_aside(directory, folder=True, check=load_directory) as draft:
         draft.mkdir()
         info = dataclasses.replace(info, sha256=hash_of_variables(variables))
         (draft / INFO).write_text(info.to_json(), encoding="utf-8")
         with (
-            _abandoned_work_silent(),
+            _silent_about_abandoned_work(),
             _plainly_named(draft) as folder,
             ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer,
         ):
@@ -77,10 +92,10 @@ def save_model(directory, info, variables, *, overwrite=False):
 
 @contextlib.contextmanager
 def _plainly_named(folder: Path) -> Iterator[Path]:
-    """Yield a path to a folder that Orbax and TensorStore take as it is: the folder's own, or a link's.
+    """Yield a path to a folder that Orbax and TensorStore read literally: the folder's own, or that of a link.
 
     Orbax reads brackets as a pattern of names, TensorStore a backslash as a slash, and both fail on names that are not
-    UTF-8. The link lies in a temporary folder, and is removed after the block.
+    UTF-8. The link is in a temporary folder, and disappears after the block.
     """
     name = str(folder)
     if not (set("[]*?\\") & set(name) or any("\udc80" <= letter <= "\udcff" for letter in name)):
@@ -92,18 +107,22 @@ def _plainly_named(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def hash_of_variables(variables):
-    """The sha256 of a network's variables: names, types, shapes and values, in the order of their names."""
-    found = hashlib.sha256()
+def hash_of_variables(variables: Params) -> str:
+    """Return the sha256 of a tree of arrays: names, types, shapes and values, in the order of their names.
+
+    Args:
+      variables: a network's {"params", "batch_stats"}, or another tree.
+    """
+    digest = hashlib.sha256()
     for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree.leaves_with_path(variables)):
-        found.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
-def _by_itself():
-    """Orbax's options for a process that reads or writes something without the others of its run."""
-    parallel.require_platform()  # Which Orbax and the reader of its errors would take for a damaged file.
+def _only_this_process() -> ocp.options.MultiprocessingOptions:
+    """Return Orbax's options for a process that reads or writes without the others of its run."""
+    parallel.require_platform()  # A missing platform would look like a damaged file.
     return ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -111,8 +130,13 @@ def _by_itself():
     )
 
 
-def require_free(directory, *, overwrite):
-    """Raises InputError if a model directory cannot be put there."""
+def require_free(directory: str | Path, *, overwrite: bool) -> None:
+    """Raise InputError if a model directory cannot be written at a place.
+
+    Args:
+      directory: the place.
+      overwrite: allow a model to be there.
+    """
     directory = path_of(directory)
     only_a_model = directory.is_dir() and {path.name for path in directory.iterdir()} == {INFO, VARIABLES}
     if directory.exists() and not (overwrite and only_a_model):
@@ -120,10 +144,19 @@ def require_free(directory, *, overwrite):
         raise InputError(f"{directory} exists already; {advice}")
 
 
-def load_directory(directory, *, ema=False, **settings):
-    """(module, variables, ModelInfo) of a model directory, a training workdir or one of its numbered checkpoints.
+def load_directory(directory: str | Path, *, ema: bool = False, **settings: Unchecked) -> Loaded:
+    """Load a model directory, a training workdir or one of its numbered checkpoints.
 
-    See `loading.load_model`.
+    Args:
+      directory: its path.
+      ema: take the moving averages.
+      settings: fields of ShuffleNetV2 to change, as in `loading.load_model`.
+
+    Returns:
+      (module, variables, ModelInfo).
+
+    Raises:
+      InputError: there is no model, it is damaged, or a setting contradicts it.
     """
     directory = path_of(directory).absolute()
     info = read_info(_workdir_of(directory) or directory)
@@ -139,7 +172,7 @@ def load_directory(directory, *, ema=False, **settings):
 
 
 def _workdir_of(directory: Path) -> Path | None:
-    """Return the training workdir that a numbered checkpoint belongs to; None for any other folder."""
+    """Return the training workdir of a numbered checkpoint; None for any other folder."""
     place = directory.resolve()
     numbered = place.parent.name == STEPS and place.name.isdigit() and not (directory / INFO).exists()
     return place.parent.parent if numbered else None
@@ -157,19 +190,20 @@ def _hashes_in(folder: Path) -> dict[str, str]:
         return {}
     except OSError as error:
         raise InputError(
-            f"{folder / STEP_METADATA} cannot be read: {error.strerror}; mend that, and try again"
+            f"{folder / STEP_METADATA} cannot be read: {error.strerror}; fix that, and try again"
         ) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"the checkpoint {folder} is damaged: {STEP_METADATA} cannot be read ({error})") from error
 
 
-def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNetV2:
+def stored_module(path: Path, info: ModelInfo, **settings: Unchecked) -> ShuffleNetV2:
     """Return the module of weights in a file or folder.
 
     Args:
-      path: where they lie.
-      info: what is said of them there.
+      path: of the file or folder.
+      info: its model description.
       settings: fields of ShuffleNetV2 to change, like `dtype` and `lowering`.
+
     Raises:
       InputError: a setting contradicts the weights.
     """
@@ -184,20 +218,33 @@ def stored_module(path: Path, info: ModelInfo, **settings: object) -> ShuffleNet
     return module_of(info, **settings)
 
 
-def require_sound(path, variables, info):
-    """Raises InputError if variables are not finite, or not those that the ModelInfo beside them was written for."""
+def require_sound(path: Path, variables: Variables, info: ModelInfo) -> None:
+    """Raise DamagedError if variables are not finite, or do not match their model description.
+
+    Args:
+      path: of their folder, for the message.
+      variables: {"params", "batch_stats"}.
+      info: the model description.
+    """
     for keys, leaf in jax.tree.leaves_with_path(variables):
         if not np.isfinite(leaf).all():
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise DamagedError(f"the checkpoint {path} is damaged: {name} holds numbers that are not finite")
-    # What was saved in float32 may have been read as float64, exactly.
+    # Values that were saved in float32 may have been read as float64, exactly.
     saved = (jax.tree.map(as_saved, variables) for as_saved in (np.asarray, np.float32))
     if info.sha256 is not None and info.sha256 not in map(hash_of_variables, saved):
         raise DamagedError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
 
 
-def read_info(directory):
-    """The ModelInfo of a model directory or a training workdir."""
+def read_info(directory: Path) -> ModelInfo:
+    """Read the model description of a model directory or a training workdir.
+
+    Args:
+      directory: its path.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
     try:
         return ModelInfo.from_json(read_file(directory / INFO).decode())
     except FileNotFoundError as error:
@@ -211,23 +258,23 @@ def read_info(directory):
         raise InputError(f"{directory}: {error}") from error
 
 
-def _restore(path, shapes, sha256=None):
-    """The arrays below a path in the form of a tree of shapes, as NumPy arrays; they must have the hash, if given."""
+def _restore(path: Path, shapes: Params, sha256: str | None = None) -> Params:
+    """Read the arrays below a path as a tree of NumPy arrays with these shapes; they must have the hash, if given."""
     try:
         require_plain(path)
     except InputError as error:
         raise DamagedError(str(error)) from error
-    alone = _by_itself()
+    alone = _only_this_process()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     try:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with (
-            _abandoned_work_silent(),
+            _silent_about_abandoned_work(),
             _plainly_named(path.parent) as folder,
             ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
         ):
             restored = checkpointer.restore(folder / path.name, item=shapes, restore_args=as_numpy)
-    except Exception as error:  # Orbax and TensorStore raise a dozen kinds for damaged files.
+    except Exception as error:  # Orbax and TensorStore raise a dozen types for damaged files.
         _raise_unless_damage(path, error)
         raise DamagedError(f"the checkpoint {path} is damaged or does not fit its {INFO}: {_reason(error)}") from error
     for (keys, leaf), shape in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(shapes), strict=True):
@@ -236,13 +283,13 @@ def _restore(path, shapes, sha256=None):
             raise InputError(
                 f"the checkpoint {path} does not fit its {INFO}: {name} is {leaf.shape}, not {shape.shape}"
             )
-    if sha256 is not None and sha256 != hash_of_variables(restored):  # Of the types that were saved.
+    if sha256 is not None and sha256 != hash_of_variables(restored):  # Before the conversion of types.
         raise DamagedError(f"the checkpoint {path} is damaged: its numbers are not those that were saved")
     return jax.tree.map(lambda leaf, shape: np.asarray(leaf, shape.dtype), restored, shapes)
 
 
 def _raise_unless_damage(path: Path, error: Exception) -> None:
-    """Raise an InputError where an exception of Orbax or TensorStore does not speak of a damaged checkpoint."""
+    """Raise an InputError if an exception of Orbax or TensorStore has another reason than a damaged checkpoint."""
     if isinstance(error, MemoryError):
         raise InputError(f"the checkpoint {path} cannot be read: there is not enough memory for it") from error
     if "structures do not match" in str(error):
@@ -250,24 +297,24 @@ def _raise_unless_damage(path: Path, error: Exception) -> None:
     reason = refused_write(error) or next((reason for reason in NO_DAMAGE if reason in str(error)), None)
     if reason or not path.parent.exists():
         raise InputError(
-            f"the checkpoint {path} cannot be read: {reason or 'its folder is gone'}; mend that, and try again"
+            f"the checkpoint {path} cannot be read: {reason or 'its folder is gone'}; fix that, and try again"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what Orbax or TensorStore say, without the specification of an array."""
+    """Return the first line of a message of Orbax or TensorStore, without the specification of an array."""
     return str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
-def _abandoned_work_silent():
-    """Keeps Orbax and TensorStore from printing something for each read or write under way when another one failed.
+def _silent_about_abandoned_work() -> Iterator[None]:
+    """Silence the messages of Orbax and TensorStore about reads and writes that another one's failure interrupts.
 
-    They end whenever they like, so after a failure the silence stays; all else is reported as before.
+    These end at any time, so after a failure the silence stays; all other errors are reported as before.
     """
     before = sys.unraisablehook
 
-    def report(unraisable):
+    def report(unraisable: Any) -> None:  # noqa: ANN401 - Python does not export the type.
         if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
@@ -280,10 +327,12 @@ def _abandoned_work_silent():
     sys.unraisablehook = before
 
 
-def _best_or_latest(workdir):
+def _best_or_latest(workdir: Path) -> Path:
     if not has_steps(workdir):
-        raise InputError(f"{workdir} holds no finished checkpoint; let its training run on, or give another checkpoint")
-    # Orbax warns that what is only to be read is read-only.
+        raise InputError(
+            f"{workdir} holds no finished checkpoint; let its training continue, or give another checkpoint"
+        )
+    # Orbax warns about folders that are read-only.
     log = logging.getLogger("absl")
     usual = log.level
     log.setLevel(max(usual, logging.ERROR))
@@ -294,34 +343,43 @@ def _best_or_latest(workdir):
         log.setLevel(usual)
 
 
-def has_steps(workdir):
-    """Whether a training workdir holds a finished checkpoint."""
+def has_steps(workdir: Path) -> bool:
+    """Return whether a training workdir holds a finished checkpoint.
+
+    Args:
+      workdir: its path.
+    """
     return bool(ocp.utils.checkpoint_steps(workdir / STEPS))
 
 
 def _describe_damaged_metrics(checkpoints: Path, error: Exception) -> str:
-    """Return which checkpoint keeps Orbax from listing them all: it reads the metrics of each."""
+    """Describe the checkpoint that keeps Orbax from listing them all: Orbax reads the metrics of each."""
     for step in sorted(ocp.utils.checkpoint_steps(checkpoints)):
         try:
             json.loads(read_file(checkpoints / str(step) / METRICS / METRICS))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RecursionError) as found:
+        except (OSError, ValueError, RecursionError) as fault:
             place = checkpoints / str(step)
-            return f"the checkpoint {place} is damaged: its {METRICS} cannot be read ({found}); move it away"
+            return f"the checkpoint {place} is damaged: its {METRICS} cannot be read ({fault}); move it away"
     return f"the checkpoints in {checkpoints} are damaged: {_reason(error)}; move the damaged one away"
 
 
 class TrainingCheckpoints:
-    """The numbered checkpoints of a workdir: the newest few and the best by top-1, each written whole or not at all.
+    """The numbered checkpoints of a workdir: the newest few and the best by top-1.
+
+    Each is written completely or not at all.
 
     Args:
       workdir: the training's folder.
-      keep: how many of the newest to keep.
-      read_only: only look at what is there.
+      keep: number of newest checkpoints to keep.
+      read_only: only list and read checkpoints.
+
+    Attributes:
+      directory: of the checkpoints.
     """
 
-    def __init__(self, workdir, *, keep=1, read_only=False):
+    def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
         policies = [
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False),
@@ -335,7 +393,7 @@ class TrainingCheckpoints:
         self.directory = Path(workdir).absolute() / STEPS
         self._saved: tuple[int, dict] | None = None  # The newest step of this process, and the shapes of its trees.
         with contextlib.ExitStack() as opened:
-            opened.enter_context(_abandoned_work_silent())
+            opened.enter_context(_silent_about_abandoned_work())
             folder = opened.enter_context(_plainly_named(self.directory.parent)) / STEPS
             names = (VARIABLES, OPTIMIZER, EMA)
             try:
@@ -344,28 +402,37 @@ class TrainingCheckpoints:
                 raise DamagedError(_describe_damaged_metrics(self.directory, error)) from error
             self._opened = opened.pop_all()
 
-    def __enter__(self):
+    def __enter__(self) -> "TrainingCheckpoints":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with contextlib.ExitStack() as closing:
-            closing.push(lambda *failure: self._opened.__exit__(*(failure if failure[0] else error)))
-            with self._errors_told():
+            closing.push(lambda *failure: self._opened.__exit__(*(failure if failure[0] else (kind, error, trace))))
+            with self._explained_errors():
                 self._manager.close()  # Waits for the checkpoint that is being written.
-            if self._saved and error[0] is None:
-                self.restore(*self._saved)  # What cannot be read back is no success.
+            if self._saved and kind is None:
+                self.restore(*self._saved)  # A checkpoint that cannot be read back is a failure.
 
-    def steps(self):
-        """The steps of all finished checkpoints, the newest first."""
+    def steps(self) -> list[int]:
+        """Return the steps of all finished checkpoints, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def best_or_latest_step(self):
-        """The step with the highest top-1; where none was evaluated the newest."""
+    def best_or_latest_step(self) -> int:
+        """Return the step with the highest top-1, or the newest one if none was evaluated."""
         best = self._manager.best_step()
         return self._manager.latest_step() if best is None else best
 
-    def set_aside(self, step):
-        """Takes a checkpoint out of the way, and returns where it lies then. All processes do so together."""
+    def set_aside(self, step: int) -> Path:
+        """Move a checkpoint away, in all processes together.
+
+        Args:
+          step: of the checkpoint.
+
+        Returns:
+          Its new place.
+        """
         place = self.directory.parent / f"damaged-{step}"
         if parallel.is_first():
             (self.directory / str(step)).rename(place)
@@ -373,34 +440,48 @@ class TrainingCheckpoints:
         self._manager.reload()
         return place
 
-    def save(self, step, items, metrics=None):
-        """Starts writing a checkpoint in the background: {VARIABLES: tree, ...}, from `parallel.to_host`.
+    def save(self, step: int, items: Mapping[str, Params], metrics: Mapping[str, float] | None = None) -> None:
+        """Start to write a checkpoint in the background.
+
+        Args:
+          step: of the checkpoint.
+          items: {VARIABLES: tree, ...}, from `parallel.to_host`.
+          metrics: figures of an evaluation, with "top1"; None without one.
 
         Raises:
-          InputError: it, or the one before, cannot be written.
+          InputError: this checkpoint, or the one before, cannot be written.
         """
         args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
         hashes = {name: hash_of_variables(tree) for name, tree in items.items()}
-        with self._errors_told():
+        with self._explained_errors():
             self._manager.save(step, args=args, metrics=metrics, custom_metadata={"sha256": hashes})
         self._saved = step, {name: jax.eval_shape(lambda tree=tree: tree) for name, tree in items.items()}
 
     @contextlib.contextmanager
-    def _errors_told(self):
+    def _explained_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise a dozen kinds.
+        except Exception as error:  # Orbax and TensorStore raise a dozen types.
             raise InputError(
                 f"a checkpoint cannot be written in {self.directory}: {refused_write(error) or _reason(error)}; those "
-                "before it are whole"
+                "before it are intact"
             ) from error
 
-    def restore(self, step, items):
-        """The trees saved at a step as NumPy arrays, in the form of the given ones (arrays or shapes)."""
+    def restore(self, step: int, items: Mapping[str, Params]) -> dict[str, Params]:
+        """Read the trees of a checkpoint as NumPy arrays.
+
+        Args:
+          step: of the checkpoint.
+          items: {name: a tree of arrays or shapes, of the same form}.
+
+        Raises:
+          DamagedError: its files are not those that were written.
+          InputError: it cannot be read, or has another form.
+        """
         folder = self.directory / str(step)
         hashes = _hashes_in(folder)
         return {name: _restore(folder / name, tree, hashes.get(name)) for name, tree in items.items()}
 
 
-def _top1(metrics):
+def _top1(metrics: Mapping[str, float]) -> float:
     return metrics["top1"]

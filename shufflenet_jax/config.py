@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses: how images are prepared, what a model is, how it is trained.
+"""Settings as frozen dataclasses: how to prepare images, what a model is, how to train it.
 
 The published preprocessing follows the evaluation code of MMPretrain, torchvision and Megvii.
 """
@@ -8,23 +8,26 @@ import json
 import math
 import numbers
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 from .architecture import LAYERS, STAGES, Layout, Table, fault_of, resolve_table, table_settings
-from .errors import InputError
+from .errors import InputError, Unchecked
+
+TypeForm = Any  # A type as an annotation has it, like int, `str | None` or a Literal, for which Python has no type yet.
 
 
-def _require_types(what, settings):
-    """Raises InputError if a value does not have the type that its dataclass gives it."""
+def _require_types(what: str, settings: Union["Preprocess", "ModelInfo", "TrainConfig"]) -> None:
+    """Raise InputError if a value does not have the type that its dataclass gives it."""
     for name, kind in typing.get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if not _has_type(value, kind):
             raise InputError(f"{what} has {name} = {value!r}, but it must be {_describe_type(kind)}")
 
 
-def _describe_type(kind: Any) -> str:
-    """Return a type in words: "int", "str or None", "one of exact, fast"."""
+def _describe_type(kind: TypeForm) -> str:
+    """Describe a type in words: "int", "str or None", "one of exact, fast"."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
@@ -33,13 +36,19 @@ def _describe_type(kind: Any) -> str:
     return " or ".join(map(_describe_type, arguments)) or ("None" if kind is type(None) else kind.__name__)
 
 
-def require_whole_number(name: str, value: Any, least: int) -> None:
-    """Raise InputError unless a value is a whole number of at least so much; NumPy's count too."""
+def require_whole_number(name: str, value: Unchecked, least: int) -> None:
+    """Raise InputError unless a value is a whole number, of Python or NumPy, and at least `least`.
+
+    Args:
+      name: of the setting, for the message.
+      value: its value.
+      least: smallest allowed number.
+    """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} is {value!r}, but must be {least} or more, a whole number")
 
 
-def _has_type(value, kind):
+def _has_type(value: object, kind: TypeForm) -> bool:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return value in arguments
@@ -54,27 +63,32 @@ def _has_type(value, kind):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an encoded image to the network's input. Everything up to the crop is uint8; the rest runs on the device."""
+    """The way from an encoded image to the network's input. Up to the crop it is uint8; the rest runs on the device.
 
-    # "cv2" turns the image as its EXIF orientation says; "pillow" leaves it as it is stored.
+    Attributes:
+      decoder: "cv2" rotates the image as its EXIF orientation says; "pillow" leaves it as it is stored.
+      resize: length of the short side after resizing, in pixels. If `crop` is no square, the image is scaled to just
+        cover a rectangle of the crop's shape whose short side has this length.
+      backend: "pillow" antialiases and rounds the long side down; "cv2" samples and rounds to nearest.
+      crop: the central part that remains, in pixels: the side of a square, or height and width of a rectangle.
+      channel_order: of the network's input; "L" is grey, "any" other channels than an image file has.
+      scale: multiplies the uint8 values, before mean and std.
+      mean: subtracted after scaling: one value per channel in channel_order.
+      std: divides what is left, in the same order.
+      interpolation: how to resize.
+    """
+
     decoder: Literal["cv2", "pillow"]
-    # Length of the short side after resizing, in pixels. Where `crop` is no square, the image is scaled to just cover a
-    # rectangle of the crop's shape whose short side has this length.
     resize: int
-    # "pillow" antialiases and rounds the long side down; "cv2" samples and rounds to nearest.
     backend: Literal["pillow", "cv2"]
-    # What is cut from the centre, in pixels: the side of a square, or height and width of a rectangle.
     crop: int | tuple[int, ...]
-    # Order of the channels that the network expects; "L" is grey, "any" other channels than an image file has.
     channel_order: Literal["RGB", "BGR", "L", "any"]
-    # Multiplies the uint8 values, before mean and std.
     scale: float
-    # Subtracted, then divided by: one value per channel in channel_order.
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Literal["bilinear"] = "bilinear"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_types("preprocess", self)
         channels = {"L": 1, "any": max(1, len(self.mean))}.get(self.channel_order, 3)
         object.__setattr__(self, "crop", _square_or_sides("preprocess.crop", self.crop))
@@ -88,29 +102,33 @@ class Preprocess:
             raise InputError("preprocess.scale, mean and std must be numbers that float32 holds")
 
     @property
-    def channels(self):
+    def channels(self) -> int:
+        """Number of channels of the input."""
         return len(self.mean)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what is cut, in pixels."""
+        """Height and width of the crop, in pixels."""
         return sides_of(self.crop)
 
     def with_side(self, side: int | tuple[int, ...], resize: int = 0) -> "Preprocess":
-        """Return the same for another side of the square, in pixels.
+        """Return the same preprocessing for another crop.
 
         Args:
-          side: of the square, or height and width of a rectangle.
-          resize: short side of the image before the square is cut; 0: 8/7 of `side`, and below 128 just that.
+          side: of a square, or height and width of a rectangle, in pixels.
+          resize: short side of the image before the crop, in pixels; 0 means 8/7 of `side`, or just `side` below 128.
         """
         short = min(sides_of(side))
-        usual = round(short * 256 / 224) if short >= 128 else short  # Small images keep their borders.
+        usual = round(short * 256 / 224) if short >= 128 else short  # Crops would cut too much from small images.
         return dataclasses.replace(self, resize=resize or usual, crop=side)
 
     def with_channels(self, channels: int) -> "Preprocess":
-        """Return the same for a network of another number of channels.
+        """Return the same preprocessing for a network of another number of channels.
 
         Grey takes the mean of the means and of the deviations; other numbers repeat them in the order of RGB.
+
+        Args:
+          channels: of the network's input.
         """
         if channels == self.channels:
             return self
@@ -126,7 +144,7 @@ class Preprocess:
 
 
 def _square_or_sides(name: str, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """Return a square by its side alone, and a rectangle by height and width. Raises InputError on anything else."""
+    """Return the side of a square, or height and width of a rectangle. Raise InputError if there are more numbers."""
     value = tuple(value) if isinstance(value, list) else value
     if not isinstance(value, tuple):
         return value
@@ -136,12 +154,23 @@ def _square_or_sides(name: str, value: int | tuple[int, ...]) -> int | tuple[int
 
 
 def sides_of(side: int | tuple[int, ...]) -> tuple[int, int]:
-    """Return height and width of a square by its side, or of a rectangle."""
+    """Return height and width of a square by its side, or of a rectangle.
+
+    Args:
+      side: of a square, or height and width.
+    """
     return (side[0], side[1]) if isinstance(side, tuple) else (side, side)
 
 
 def square_or_rectangle(text: str) -> int | tuple[int, ...]:
-    """Read "224" as 224, and "192x256" as (192, 256), height and width."""
+    """Parse "224" as 224, and "192x256" as (192, 256), height and width.
+
+    Args:
+      text: what the user typed.
+
+    Raises:
+      ValueError: the text has another form.
+    """
     sides = tuple(map(int, text.lower().split("x")))
     if len(sides) > 2:
         raise ValueError(f"{text!r} has more than two sides")
@@ -149,20 +178,27 @@ def square_or_rectangle(text: str) -> int | tuple[int, ...]:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Read "4,8,4" as (4, 8, 4)."""
+    """Parse "4,8,4" as (4, 8, 4).
+
+    Args:
+      text: what the user typed.
+
+    Raises:
+      ValueError: the text has another form.
+    """
     return tuple(map(int, text.split(",")))
 
 
-# How a command line gives a setting that has several numbers.
+# How a command line parses a setting that has several numbers.
 NUMBERS = {"custom_args": {"type": whole_numbers, "nargs": None, "metavar": "N,N,..."}}
 SIDES = {"custom_args": {"type": square_or_rectangle, "nargs": None, "metavar": "SIDE|HxW"}}
 SIDES_OF_IMAGES = ("image_size", "eval_size")  # Settings.
-VAL_SHARE = 0.2  # Of each class, where a folder of images has no splits.
+VAL_SHARE = 0.2  # Of each class, if a folder of images has no splits.
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
-BALANCED = "balanced"  # Classes that count alike, however many images each has.
-MOST_MAGNITUDE = 30  # Of RandAugment's operations: they know 31 strengths.
-MOST = 1_000_000  # Classes, or pixels of a side: far beyond any use, and no longer an axis than JAX can take.
-# How the network's operations run: "reference" is the slow, plain form, "auto" the fastest one for the backend.
+BALANCED = "balanced"  # All classes have the same weight, however many images each has.
+MOST_MAGNITUDE = 30  # Of RandAugment's operations, which have 31 strengths.
+MOST = 1_000_000  # Classes: far beyond any use, and an axis that JAX can still handle.
+# How the network's operations run: "reference" is the plain form, and slow; "auto" is the fastest one for the backend.
 LoweringName = Literal["auto", "cpu", "gpu", "reference"]
 LOWERINGS = typing.get_args(LoweringName)
 RENAMED = {"planar": "cpu", "plain": "reference"}  # Lowerings under their earlier names.
@@ -187,8 +223,8 @@ PREPROCESSING = {
 }
 
 
-def _keep_table(settings: Any) -> None:
-    """Check the table of a ModelInfo or TrainConfig, and let it keep a published one by its width alone.
+def _keep_table(settings: Union["ModelInfo", "TrainConfig"]) -> None:
+    """Check the table of settings, and reduce a published one to its width.
 
     Raises:
       InputError: no network of its layout can have the table.
@@ -202,24 +238,41 @@ def _keep_table(settings: Any) -> None:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What model.json holds: all that is needed to build the network and to feed it as its authors did."""
+    """The contents of model.json: how to build the network and how to prepare its images.
 
-    width: float | None  # None where no published table has the network's channels and repeats.
+    Attributes:
+      width: a key of architecture.TABLES; None if no published table has the network's channels and repeats.
+      layout: wiring of the network.
+      num_classes: 0 means no classifier.
+      preprocess: how to prepare images.
+      classes: name of each label; WNIDs for ImageNet.
+      in_chans: channels of the images.
+      small_stem: whether conv1 has stride 1 and no max pool follows.
+      conv5: whether the network has conv5.
+      dropout: rate before the classifier.
+      source: file name, sha256 and dialect, or the training configuration.
+      metrics: of the last evaluation.
+      sha256: of the variables in the same directory.
+      channels: of stem, stage2, stage3, stage4 and conv5; None means those of the width.
+      repeats: units of stage2, stage3 and stage4; None means those of the width.
+    """
+
+    width: float | None
     layout: Layout
-    num_classes: int  # 0: no classifier.
+    num_classes: int
     preprocess: Preprocess
-    classes: tuple[str, ...] | None = None  # Name of each label; WNIDs for ImageNet.
+    classes: tuple[str, ...] | None = None
     in_chans: int = 3
     small_stem: bool = False
     conv5: bool = True
     dropout: float = 0.0
-    source: dict = field(default_factory=dict)  # File name, sha256 and dialect, or the training configuration.
+    source: dict = field(default_factory=dict)
     metrics: dict | None = None
-    sha256: str | None = None  # Of the variables that lie beside it.
-    channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5; None: those of the width.
-    repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4; None: those of the width.
+    sha256: str | None = None
+    channels: tuple[int, ...] | None = None
+    repeats: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_types("model.json", self)
         possible = 0 <= self.num_classes <= MOST and 0 <= self.dropout < 1
         if not possible or (self.num_classes and not self.conv5):
@@ -240,12 +293,20 @@ class ModelInfo:
         """The network's channels and units."""
         return resolve_table(self.width, self.channels, self.repeats)
 
-    def to_json(self):
+    def to_json(self) -> str:
+        """Return the text of a model.json."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text):
-        """Reads what `to_json` wrote. Raises InputError on anything else."""
+    def from_json(cls, text: str | bytes) -> "ModelInfo":
+        """Parse the text of a model.json.
+
+        Args:
+          text: from `to_json`.
+
+        Raises:
+          InputError: the text is damaged or describes no possible network.
+        """
         try:
             values = json.loads(text)
             values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
@@ -258,16 +319,18 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training of a ShuffleNetV2.
+    """The settings of a training run.
 
-    With `rule`, settings may be left open by 0: image_size, batch_size, epochs (without steps) and learning_rate. The
-    network is left open by a width of None without channels and repeats. `training.rule` chooses them.
+    With `rule`, a value of 0 leaves image_size, batch_size, epochs (without steps) and learning_rate open, and a width
+    of None without channels and repeats leaves the network open. `training.rule` chooses them.
+
+    The comment above each field is also the help text of its option.
     """
 
     # Data: "tfds:NAME"; a folder of images, or a zip or tar of one: <split>/<class>/<image>, <class>/<image>, or with
     # lists meta/<split>.txt; or "digits".
     data: str
-    # Where TFDS data sets lie; by default TFDS's own place.
+    # Folder of TFDS data sets; by default TFDS's own.
     data_dir: str | None = None
     # Split to train on.
     train_split: str = "train"
@@ -288,32 +351,32 @@ class TrainConfig:
     small_stem: bool = False
     # Checkpoint, of any form (hf-hub:OWNER/NAME too), to begin with; a classifier for other classes is reinitialized.
     init_from: str | None = None
-    # What stays as it is, its batch norm in inference mode, like "conv1,stage2"; "backbone": all but the classifier.
+    # Layers to freeze, with batch norm in inference mode, like "conv1,stage2"; "backbone": all but the classifier.
     freeze: str = ""
-    # Train the classifier alone, in seconds, on features that are computed once: logistic regression on training images
-    # as evaluation prepares them. Of the settings of loss and order, class_weights and sampling count.
+    # Train only the classifier, in seconds, on features that are computed once: logistic regression on training images
+    # as evaluation prepares them. Of the settings of loss and order, it uses class_weights and sampling.
     linear_probe: bool = False
     # Begin with the classifier of a linear probe, so that its first steps do not distort the features (Kumar et al.,
     # ICLR 2022).
     probe_first: bool = False
-    # Whose initial weights: MMPretrain's and the authors', or PyTorch's own, which torchvision's networks begin with.
+    # Whose initial weights: MMPretrain's and the authors', or PyTorch's own, which torchvision's networks use.
     initial: Initialization = "mmpretrain"
-    # Whose way to decode, scale and normalise images; "digits" makes them grey.
+    # Whose way to decode, scale and normalize images; "digits" makes them grey.
     preprocessing: Literal["mmpretrain", "torchvision", "megvii", "cifar10", "digits"] = "mmpretrain"
-    # Channels of the images: 1 makes them grey, 3 coloured; 0: as `preprocessing` has them.
+    # Channels of the images: 1 makes them grey, 3 colored; 0: those of `preprocessing`.
     in_chans: int = 0
     # Side of the square input in training, in pixels, or height x width of a rectangle, like 192x256.
     image_size: int | tuple[int, ...] = field(default=224, metadata=SIDES)
     # The same in evaluation; 0: image_size.
     eval_size: int | tuple[int, ...] = field(default=0, metadata=SIDES)
-    # Short side of an image before evaluation cuts its square, in pixels; 0: 8/7 of eval_size, and below 128 just that.
+    # Short side of an image before evaluation crops it, in pixels; 0: 8/7 of eval_size, or just eval_size below 128.
     eval_resize: int = 0
     # Dropout rate before the classifier; Megvii trained 2.0x with 0.2.
     dropout: float = 0.0
-    # Part of a training image to use: "random" draws size, shape and place, "center" takes what evaluation takes.
+    # Part of a training image to use: "random" draws size, shape and place, "center" takes what evaluation uses.
     crop: Literal["random", "center"] = "random"
-    # How a random crop is made: "exact" is MMPretrain's to the pixel (Pillow, antialiased); "fast" uses libjpeg-turbo's
-    # fast methods and OpenCV's scaling without antialiasing, which changes how the pixels of JPEGs are interpolated.
+    # How to make a random crop: "exact" equals MMPretrain's to the pixel (Pillow, antialiased); "fast" uses
+    # libjpeg-turbo's fast methods and OpenCV's scaling without antialiasing, which interpolates JPEGs differently.
     transform: Literal["exact", "fast"] = "exact"
     # Smallest area of a random crop, as a share of the image's.
     min_area: float = 0.08
@@ -329,42 +392,42 @@ class TrainConfig:
     rand_augment: int = 0
     # Strength of RandAugment's operations, from 0 to 30.
     rand_magnitude: int = 9
-    # Share of training images in which a random rectangle is blanked.
+    # Share of training images in which a random rectangle is erased.
     random_erasing: float = 0.0
-    # What chooses image_size, batch_size, epochs and learning_rate where they are 0: "images" goes by the number and
-    # the size of the training images.
+    # How to choose image_size, batch_size, epochs and learning_rate if they are 0: "images" uses the number and the
+    # size of the training images.
     rule: Literal["none", "images"] = "none"
-    # Which images a pass takes: "all" takes each once; "balanced" takes as many of each class, some of them repeatedly.
+    # Images of an epoch: "all" takes each once; "balanced" takes as many of each class, some of them repeatedly.
     sampling: Literal["all", "balanced"] = "all"
-    # How often each image of a pass is used in a row, each time with other random numbers (repeated augmentation).
+    # How often to use each image of an epoch in a row, each time with other random numbers (repeated augmentation).
     aug_repeats: int = 1
     # Processes that decode training images, on each host; 0 decodes in threads of the main process.
     workers: int = 0
-    # Share of the training data that may be damaged and is then replaced by other images; more stops the run.
+    # Share of the training images that may be damaged; other images replace them, and more than this stops the run.
     max_damaged: float = 0.001
     # Passes over the training data.
     epochs: int = 300
     # Steps in all, instead of epochs; 0: as many as the epochs have.
     steps: int = 0
-    # Further steps at the end, which only make batch norm's running statistics anew, as their mean over these steps.
+    # Further steps at the end, which only recompute batch norm's running statistics, as their mean over these steps.
     recalibrate: int = 0
     # Images per step, over all devices and hosts.
     batch_size: int = 1024
-    # Images that share batch statistics, whatever the number of devices: what one GPU of a published run held. 0: all
-    # of a batch, which is synchronised batch norm.
+    # Images that share batch statistics, whatever the number of devices: the batch of one GPU in a published run. 0:
+    # all images of a batch, which is synchronized batch norm.
     bn_group_size: int = 64
-    # Parts in which the devices take a batch, one after another; 0: as few as memory for 64 images of 224 pixels a side
-    # on a CPU, or 256 on an accelerator, allows.
+    # Number of parts in which the devices process a batch, one after another; 0: as few as fit in the memory for 64
+    # images of 224 pixels a side on a CPU, or 256 on an accelerator.
     accumulate: int = 0
     # Images per evaluation step, over all devices and hosts.
     eval_batch_size: int = 1024
-    # Learning rate from which the schedule falls.
+    # Learning rate at the top of the schedule.
     learning_rate: float = 0.5
-    # Batch size that learning_rate is meant for, which another one scales in proportion; 0 never scales.
+    # Batch size that learning_rate is meant for; another batch size scales it in proportion. 0 never scales.
     scale_lr_from: int = 0
     # How the learning rate falls to 0 over the run: "linear", "cosine" (half a wave), or not at all.
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    # How often the learning rate moves.
+    # How often the learning rate changes.
     lr_every: Literal["step", "epoch"] = "step"
     # Length of the warm-up in steps.
     warmup_steps: int = 0
@@ -372,11 +435,11 @@ class TrainConfig:
     warmup_epochs: int = 0
     # Share of the schedule's learning rate at which the warm-up begins.
     warmup_factor: float = 0.1
-    # How the share grows during the warm-up: not at all, or in a line up to 1.
+    # How that share grows during the warm-up: not at all, or linearly to 1.
     warmup: Literal["constant", "linear"] = "constant"
     # Let the schedule begin when the warm-up ends, instead of both together.
     warmup_first: bool = False
-    # How gradients move the weights: "sgd" with momentum, or "adamw", both as PyTorch computes them.
+    # How gradients update the weights: "sgd" with momentum, or "adamw", both as PyTorch computes them.
     optimizer: Literal["sgd", "adamw"] = "sgd"
     # Learning rate of all layers but the classifier, as a share of the learning rate.
     backbone_lr: float = 1.0
@@ -388,12 +451,12 @@ class TrainConfig:
     beta2: float = 0.999
     # Factor on the weights: SGD's coupled L2 penalty, or AdamW's decoupled decay.
     weight_decay: float = 4e-5
-    # What decays: "no_norm" leaves out batch norm's scale and bias, "matrices" all with one axis, "all" nothing.
+    # Which weights decay: all, "no_norm" (all but scale and bias of batch norm) or "matrices" (with two axes or more).
     decay: Literal["no_norm", "matrices", "all"] = "no_norm"
     # Share of the target that is spread evenly over all classes.
     label_smoothing: float = 0.0
-    # File with a number for each class, one a line, which multiplies the losses of its images; their mean divides by
-    # the number of images, as in MMPretrain, not by the sum of their weights, as PyTorch's own mean does. "balanced"
+    # File with a number for each class, one per line, which multiplies the losses of its images. Their mean divides by
+    # the number of images, as in MMPretrain, not by the sum of the weights, as PyTorch's own mean does. "balanced"
     # computes them from the counts: all images / (classes * images of the class), 1 on average over the images.
     class_weights: str | None = None
     # Mix each image with the next one of its batch-norm group, in shares from Beta(mixup, mixup); 0 never does.
@@ -405,11 +468,11 @@ class TrainConfig:
     clip_norm: float = 0.0
     # Keep an exponential moving average of parameters and statistics: the share of the old one at each update; 0: none.
     ema_decay: float = 0.0
-    # Steps between two updates of that average, counted anew in each epoch; those during warm-up copy, and so does the
-    # first one after it.
+    # Steps between two updates of that average, counted from the start of each epoch. Updates during the warm-up, and
+    # the first one after it, copy.
     ema_every: int = 1
-    # Checkpoint, of any form, whose predictions the network learns beside the labels, or the .npz file of `eval.py
-    # --predictions` with such predictions for the training images.
+    # Checkpoint, of any form, whose predictions the network learns beside the labels, or an .npz file of `eval.py
+    # --predictions` with these predictions for the training images.
     teacher: str | None = None
     # Share of the teacher in the loss.
     teacher_weight: float = 0.5
@@ -417,11 +480,11 @@ class TrainConfig:
     temperature: float = 4.0
     # Type of the computation; parameters, statistics and logits stay float32 (float64 with float64).
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    # How the network's operations run; "reference" is the slow, plain form.
+    # How the network's operations run; "reference" is the plain form, and slow.
     lowering: LoweringName = "auto"
     # Recompute each unit in the backward pass: less memory, more time.
     remat: bool = False
-    # Seed of initialisation, order and augmentation.
+    # Seed of initialization, order and augmentation.
     seed: int = 0
     # Epochs between evaluations; each is followed by a checkpoint, and so is the last step.
     eval_every: int = 1
@@ -432,7 +495,7 @@ class TrainConfig:
     # Newest checkpoints to keep; the best is always kept too.
     keep: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._unify()
         _require_types("TrainConfig", self)
         self._check_sides()
@@ -499,7 +562,7 @@ class TrainConfig:
             )
 
     def _unify(self) -> None:
-        """Keep renamed values, sides and the network's table in the form that they have today."""
+        """Bring renamed values, sides and the network's table into their current form."""
         if isinstance(self.lowering, str):
             object.__setattr__(self, "lowering", RENAMED.get(self.lowering, self.lowering))
         if isinstance(self.repeats, int) or (isinstance(self.repeats, (tuple, list)) and len(self.repeats) == 1):
@@ -515,7 +578,7 @@ class TrainConfig:
             raise InputError("width is None, which stands for the network of a checkpoint; name one with `init_from`")
 
     def _check_sides(self) -> None:
-        """Raise InputError if a side cannot be."""
+        """Raise InputError if a side is impossible."""
         for name in SIDES_OF_IMAGES:
             least = 1 if isinstance(getattr(self, name), tuple) or (name, self.rule) == ("image_size", "none") else 0
             if min(sides_of(getattr(self, name))) < least:
@@ -523,7 +586,7 @@ class TrainConfig:
 
     @property
     def takes_network(self) -> bool:
-        """Whether the network is that of the checkpoint to begin with, and not described here yet."""
+        """Whether the checkpoint of `init_from` decides about the network, which is not described here yet."""
         return self.width is None and self.channels is None and self.repeats is None
 
     @property
@@ -532,19 +595,19 @@ class TrainConfig:
         return resolve_table(self.width, self.channels, self.repeats)
 
     @property
-    def frozen(self):
-        """The layers and stages that stay as they are."""
+    def frozen(self) -> tuple[str, ...]:
+        """The layers and stages that do not train."""
         named = self.freeze.split(",")
         return tuple(name for name in LAYERS if name in named or "backbone" in named)
 
     @property
-    def preprocess(self):
-        """How evaluation prepares an image for the network that this configuration trains."""
+    def preprocess(self) -> Preprocess:
+        """How evaluation prepares an image for the network."""
         return self._preprocess(self.eval_size or self.image_size, self.eval_resize)
 
     @property
-    def train_preprocess(self):
-        """The same at the resolution of training."""
+    def train_preprocess(self) -> Preprocess:
+        """How training prepares an image, apart from augmentation."""
         return self._preprocess(self.image_size, 0)
 
     def _preprocess(self, side: int | tuple[int, ...], resize: int) -> Preprocess:
@@ -552,17 +615,17 @@ class TrainConfig:
         return preprocess.with_channels(self.in_chans or preprocess.channels).with_side(side, resize)
 
 
-# What a setting was before it existed, where its default is something else.
+# The behavior of versions that lacked a setting, if it differs from the setting's default.
 BEFORE_IT_EXISTED: dict[str, Any] = {}
 
 
-def current_settings(stored):
+def current_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that an older version stored, as a TrainConfig of today would hold them.
 
     Settings that the older version lacked take the value of its behavior, and renamed values their new names.
 
     Args:
-      stored: the fields of a TrainConfig, as a dict.
+      stored: {name of a field of TrainConfig: value}.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     settings = _tuples({**defaults, **BEFORE_IT_EXISTED, **stored})
@@ -571,6 +634,6 @@ def current_settings(stored):
     return {**settings, "lowering": RENAMED.get(str(settings["lowering"]), settings["lowering"])}
 
 
-def _tuples(values):
-    """JSON knows lists alone; the dataclasses hold tuples."""
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the lists that JSON has to the tuples that the dataclasses have."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

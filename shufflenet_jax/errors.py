@@ -2,14 +2,17 @@
 
 from typing import Any
 
+# A value from the user, of any type: the function that takes it checks it and raises InputError.
+Unchecked = Any
+
 
 class InputError(ValueError):
-    """Something the user gave is unusable; the message says what is wrong with which thing, and what to do.
+    """An input is unusable; the message says what is wrong with which thing, and what to do.
 
-    Arguments stand in backticks, so that commands can show them as the options they are.
+    Arguments stand in backticks, which commands replace by the names of their options.
 
     Attributes:
-      command: (name, {argument: value}) of a command that mends it, which commands add to the message, or None.
+      command: (name, {argument: value}) of a command that fixes it, which commands add to the message, or None.
     """
 
     def __init__(self, message: str, *, command: tuple[str, dict[str, Any]] | None = None) -> None:

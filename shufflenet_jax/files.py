@@ -1,9 +1,10 @@
-"""Places on disk: the cache, and files and folders that appear whole or not at all."""
+"""Places on disk: the cache, and files and folders that appear completely or not at all."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -14,30 +15,33 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, Unchecked
 
-LARGEST = 400_000_000  # Bytes of a file that is read at once: several times what any image takes.
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # What zipfile raises.
+LARGEST = 400_000_000  # Bytes of a file that is read at once: several times the size of any image.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # The errors of zipfile.
 MOST_SHOWN = 200  # Characters of a name in an error.
-ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # "gs://", or what pathlib makes of it: "gs:/".
-REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # Which no reading raises.
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # "gs://", or "gs:/" after pathlib.
+REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # Reading raises none of these.
 CACHE = "SHUFFLENET_JAX_CACHE"
 
 
 def cache_dir() -> Path:
-    """Where converted weights and compiled programs are kept: $SHUFFLENET_JAX_CACHE, or the user's cache folder."""
+    """Return the folder of converted weights and compiled programs: $SHUFFLENET_JAX_CACHE, or the user's cache."""
     if CACHE in os.environ:
         return path_of(os.environ[CACHE])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shufflenet_jax"
 
 
 class UnwritableError(InputError):
-    """Something cannot be written: the disk is full or read-only, or a folder is gone or no folder.
+    """A place cannot be written: the disk is full or read-only, or a folder is gone or is no folder.
 
     Args:
-      place: what cannot be written.
-      reason: why, in the system's words.
+      place: the file or folder.
+      reason: the system's message.
       advice: what to do.
+
+    Attributes:
+      reason: the system's message.
     """
 
     def __init__(self, place: str | Path, reason: str | None, advice: str = "choose another place") -> None:
@@ -46,7 +50,11 @@ class UnwritableError(InputError):
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Return why no file can be made in a folder, which need not exist yet; None where nothing speaks against it."""
+    """Return why no file can be created in a folder; None if one can.
+
+    Args:
+      folder: which need not exist yet.
+    """
     place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not place.is_dir():
         return os.strerror(errno.ENOTDIR)
@@ -55,11 +63,14 @@ def why_unwritable(folder: Path) -> str | None:
     return os.strerror(errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES)
 
 
-def path_of(name: str | Path) -> Path:
-    """A path that the user named, ~ expanded.
+def path_of(name: Unchecked) -> Path:
+    """Return the path that a user named, with ~ expanded.
+
+    Args:
+      name: of a file or folder.
 
     Raises:
-      InputError: there can be no file of this name, or it is the address of a bucket.
+      InputError: no file can have this name, or it is the address of a bucket.
     """
     if ADDRESS.match(str(name)):
         address = re.sub(":/(?!/)", "://", str(name), count=1)
@@ -72,49 +83,75 @@ def path_of(name: str | Path) -> Path:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, TypeError, RuntimeError) as error:  # The last of ~NAME where there is no such user.
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # The last for ~NAME without such a user.
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(name)[:MOST_SHOWN]} cannot be read or written: {reason}; correct the name") from error
     return path
 
 
-def read_file(path, most=LARGEST):
-    """The bytes of a file. Raises OSError where there is none, or a pipe or a device, or it has more than `most`."""
+def read_file(path: str | Path, most: int = LARGEST) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+      path: of the file.
+      most: largest allowed number of bytes.
+
+    Raises:
+      OSError: there is no file, or it is too large, or it is a pipe or a device.
+    """
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
         return file.read()
 
 
-def open_file(path):
-    """A file that is open for reading its bytes. Raises OSError for what might never end: a pipe or a device."""
+def open_file(path: str | Path) -> io.BufferedReader:
+    """Open a file for reading its bytes.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      OSError: there is no file, or it is a pipe or a device, which might never end.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "Is a directory" if os.path.isdir(path) else "Is no regular file")
     return open(path, "rb")
 
 
-def require_plain(folder):
-    """Raises InputError where a folder that libraries read holds a pipe, a device or a broken link."""
+def require_plain(folder: Path) -> None:
+    """Raise InputError if a folder holds a pipe, a device or a broken link, which libraries might try to read.
+
+    Args:
+      folder: its path.
+    """
     for path in folder.rglob("*"):
         if not (path.is_file() or path.is_dir()):
             raise InputError(f"{folder} is damaged: {path.relative_to(folder)} is neither a file nor a folder")
 
 
 def refused_write(error: BaseException) -> str | None:
-    """Return why a disk takes no more, if that is what an exception of any library says: it is full or read-only."""
+    """Return why a disk cannot be written, if that is the reason of an exception: it is full or read-only.
+
+    Args:
+      error: of any library.
+    """
     if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
         return error.strerror
-    # TensorStore, Orbax, PyTorch and others have exceptions of their own for what the system reports.
+    # TensorStore, Orbax, PyTorch and others wrap the system's errors in their own exceptions.
     return next((reason for reason in map(os.strerror, REFUSED_WRITES) if reason in str(error)), None)
 
 
 @contextlib.contextmanager
 def writing(target: Path, *, below: Path | None = None) -> Iterator[None]:
-    """Raise an InputError that names the target where the block cannot write: the disk is full, or a folder is gone.
+    """Raise an InputError that names the target if the block cannot write: the disk is full, or a folder is gone.
 
     Args:
       target: the file or folder that the block writes.
-      below: where it writes it, if that is elsewhere.
+      below: the folder in which it writes, if that is another one.
+
+    Raises:
+      UnwritableError: the block cannot write.
     """
     try:
         yield
@@ -129,18 +166,19 @@ def writing(target: Path, *, below: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_aside(
-    target: str | Path, *, folder: bool = False, check: Callable[[Path], object] = lambda target: None
+    target: str | Path, *, folder: bool = False, check: Callable[[Path], object] = lambda _: None
 ) -> Iterator[Path]:
-    """A path in a new folder beside `target`: what the block leaves there takes the target's place at its end.
+    """Yield a path in a new folder beside `target`; the file or folder there replaces the target after the block.
 
-    If the block raises, or leaves nothing, the target stays as it was.
+    If the block raises, or writes nothing, the target stays as it was.
 
     Args:
       target: the file or folder to write.
-      folder: whether it is a folder, which alone may replace a folder.
-      check: opens the target when it is in its place. If it raises, what was there before returns.
+      folder: whether it is a folder; only a folder may replace a folder.
+      check: called with the target after its replacement. If it raises, the old target returns.
+
     Raises:
-      InputError: nothing can be written, which shows before the block runs; or the disk is full.
+      InputError: the place cannot be written, which is checked before the block runs; or the disk is full.
     """
     place = path_of(target).absolute()
     if place.is_dir() and not folder:
@@ -156,7 +194,7 @@ def written_aside(
     try:
         with writing(place, below=aside):
             yield draft
-            if folder and place.exists():  # A folder does not give way to a rename; a file does.
+            if folder and place.exists():  # Renaming replaces files, but not folders.
                 place.rename(old)
             try:
                 draft.rename(place)
@@ -173,10 +211,13 @@ def written_aside(
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Let one process at a time make a file or folder of the cache: the others wait, and find it made.
+    """Let one process at a time create a file or folder of the cache; the others wait.
+
+    Args:
+      target: the file or folder.
 
     Raises:
-      UnwritableError: the cache cannot be written, or cannot take what the block writes.
+      UnwritableError: the cache cannot be written, or is full.
     """
     try:
         try:
@@ -185,7 +226,7 @@ def locked(target: Path) -> Iterator[None]:
         except OSError as error:
             raise UnwritableError(target, error.strerror) from error
         try:
-            with contextlib.suppress(OSError):  # Some network file systems know no locks.
+            with contextlib.suppress(OSError):  # Some network file systems have no locks.
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
@@ -195,8 +236,15 @@ def locked(target: Path) -> Iterator[None]:
         raise UnwritableError(f"the cache {target.parent}", error.reason, advice) from error
 
 
-def hash_of(path):
-    """The sha256 of a checkpoint file, in hexadecimal. Raises InputError where it cannot be read."""
+def hash_of(path: str | Path) -> str:
+    """Return the sha256 of a checkpoint file, in hexadecimal.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     try:
         with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -204,6 +252,10 @@ def hash_of(path):
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
 
 
-def printable(name):
-    """A file name as text, whatever bytes it consists of."""
+def printable(name: str) -> str:
+    """Return a file name as text that can be printed, whatever bytes it has.
+
+    Args:
+      name: as Python holds it.
+    """
     return name.encode(errors="backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""What a compiled program does, counted in its text: collectives, and the bytes that its kernels touch.
+"""Counts from the text of a compiled program: collectives, and the bytes that its kernels touch.
 
-XLA's own analysis counts the body of a loop once, and is silent on GPUs.
+XLA's own analysis counts the body of a loop once, and reports nothing on GPUs.
 """
 
 import logging
@@ -30,20 +30,25 @@ ARRAY = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
 class Exchange(NamedTuple):
-    """All collectives of a kind in a program."""
+    """All collectives of a kind in a program.
+
+    Attributes:
+      number: how often they run.
+      size: bytes of their operands or results, whichever are larger, on one device.
+    """
 
     number: int
-    size: int  # Bytes of the larger one of operands and results, on one device.
+    size: int
 
 
 @dataclass
 class Counts:
-    """What one run of a program does on one device.
+    """Counts for one run of a program on one device.
 
     Attributes:
       collectives: {kind: its Exchange}.
-      touched: bytes of all operands and results of all kernels in the device's main memory. What a kernel reads only a
-        part of counts whole; padding to the tiles of TPUs does not count.
+      touched: bytes of all operands and results of all kernels in the device's main memory. An operand counts in full
+        even if a kernel reads only a part; padding to the tiles of TPUs does not count.
     """
 
     collectives: dict[str, Exchange] = field(default_factory=dict)
@@ -57,7 +62,15 @@ class Counts:
 
 
 class Instruction(NamedTuple):
-    """A line of a program: `%name = shape opcode(%operand, ...), attributes`."""
+    """A line of a program: `%name = shape opcode(%operand, ...), attributes`.
+
+    Attributes:
+      name: of its result.
+      shape: of its result, as text.
+      opcode: the operation.
+      operands: names of other instructions, or the value of a constant.
+      attributes: the rest of the line.
+    """
 
     name: str
     shape: str
@@ -70,7 +83,7 @@ Computations = dict[str, list[Instruction]]
 
 
 def count(text: str) -> Counts:
-    """Count what a program does, loop bodies as often as they run.
+    """Count what a program does, with loop bodies as often as they run.
 
     Args:
       text: an optimized HLO module, as `Compiled.as_text()` returns it.
@@ -82,7 +95,7 @@ def count(text: str) -> Counts:
 
 
 def _walk(computations: Computations, name: str, times: int, counts: Counts, *, kernels: bool) -> None:
-    """Add to the counts what a computation does in a number of runs; its bytes only where it consists of kernels."""
+    """Add several runs of a computation to the counts; its bytes only if its instructions are kernels."""
     shapes = {instruction.name: instruction.shape for instruction in computations[name]}
     for instruction in computations[name]:
         operands = [shapes[operand] for operand in instruction.operands if operand in shapes]
@@ -94,8 +107,8 @@ def _walk(computations: Computations, name: str, times: int, counts: Counts, *, 
         if kernels and instruction.opcode not in FREE:
             counts.touched += times * _bytes_touched(instruction, operands)
         for called, runs in _calls(computations, instruction):
-            apart = instruction.opcode in ("while", "call", "conditional")
-            _walk(computations, called, times * runs, counts, kernels=kernels and apart)
+            holds_kernels = instruction.opcode in ("while", "call", "conditional")
+            _walk(computations, called, times * runs, counts, kernels=kernels and holds_kernels)
 
 
 def _calls(computations: Computations, instruction: Instruction) -> Iterator[tuple[str, int]]:
@@ -119,7 +132,7 @@ def _named(instruction: Instruction, role: str) -> list[str]:
 
 
 def _trips(computations: Computations, loop: Instruction, condition: str) -> int:
-    """Return how often a loop runs: as XLA notes it, else the only number that its condition compares with."""
+    """Return how often a loop runs: as XLA notes it, else the only number in its condition."""
     noted = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
     if noted:
         return int(noted[1])
@@ -130,7 +143,7 @@ def _trips(computations: Computations, loop: Instruction, condition: str) -> int
     }
     if len(limits) == 1 and (limit := limits.pop()).isdigit():
         return int(limit)
-    logger.warning("the program does not say how often its loop %s runs; it counts as once", loop.name)
+    logger.warning("the program does not say how often its loop %s runs; it counts once", loop.name)
     return 1
 
 
@@ -147,7 +160,7 @@ def _bytes_exchanged(instruction: Instruction, operands: Sequence[str]) -> int:
 
 
 def _sizes(shapes: Sequence[str], *, main_memory: bool = False) -> Iterator[int]:
-    """Yield the bytes of each array in some shapes; `main_memory` leaves out those that a TPU keeps on its chip."""
+    """Yield the bytes of each array in some shapes; `main_memory` skips those that a TPU keeps on its chip."""
     for shape in shapes:
         for kind, dimensions, layout in ARRAY.findall(shape):
             if main_memory and re.search(r"S\([1-9]\d*\)", layout):
@@ -157,7 +170,7 @@ def _sizes(shapes: Sequence[str], *, main_memory: bool = False) -> Iterator[int]
 
 
 def _parse(text: str) -> tuple[Computations, str]:
-    """Return the computations of a program, and the name of the one that it begins with."""
+    """Return the computations of a program, and the name of the first one to run."""
     computations: Computations = {}
     entry = ""
     lines: list[Instruction] = []
@@ -181,7 +194,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _end(text: str, start: int) -> int:
-    """Return the place behind the parenthesis that closes the one at `start`."""
+    """Return the place after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.finditer(r"[()]", text[start:]):
         depth += 1 if match[0] == "(" else -1

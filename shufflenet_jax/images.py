@@ -13,7 +13,7 @@ from .config import Preprocess
 from .data import geometry
 from .data.decoding import AnyImage
 from .data.workers import usable_cores
-from .errors import InputError
+from .errors import InputError, Unchecked
 from .files import path_of, read_file
 from .published import UNREACHED, fetch, reason_of
 
@@ -38,12 +38,12 @@ class Named(NamedTuple):
     name: str | None
 
 
-def are_several(images: Any) -> TypeGuard[Iterable[Any]]:
+def are_several(images: Unchecked) -> TypeGuard[Iterable[Any]]:
     """Return whether images are a list, a tuple or a batch (B, H, W, C), also of one."""
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
 
 
-def listed(images: AnyImages) -> list[Named]:
+def listed(images: Unchecked) -> list[Named]:
     """Return the images of a list, tuple or batch (B, H, W, C) one by one, and a single image as a list of one."""
     if are_several(images):
         return [Named(image, f"images[{place}]") for place, image in enumerate(images)]
@@ -82,7 +82,7 @@ def prepare_all(
         readers.shutdown(cancel_futures=True)  # After an error, nothing waits for the other addresses.
 
 
-def content_of(image: Any, name: str | None = None) -> tuple[AnyImage, str]:
+def content_of(image: Unchecked, name: str | None = None) -> tuple[AnyImage, str]:
     """Read an image as far as it lies in a file or on a server.
 
     Args:
@@ -117,7 +117,7 @@ def _fetched(address: str) -> bytes:
         raise InputError(f"image {address} cannot be fetched: {reason_of(error)}; check the address") from error
 
 
-def _pixels(image: Any, name: str) -> UInt8[np.ndarray, "height width *grey_or_rgb"]:
+def _pixels(image: Unchecked, name: str) -> UInt8[np.ndarray, "height width *grey_or_rgb"]:
     """Return an image that was given as numbers. Raise InputError unless it is uint8, in RGB or grey."""
     try:
         pixels = np.asarray(image)

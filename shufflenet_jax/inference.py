@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from .accounting import count, total
@@ -21,14 +21,15 @@ from .checkpoint import FIXED, module_of, save_model
 from .config import ModelInfo, require_whole_number
 from .data import normalization
 from .data.labels import class_name, imagenet_classes
-from .deploy import compile_deployed, deploy
-from .errors import InputError
+from .deploy import Deployed, compile_deployed, deploy
+from .errors import InputError, Unchecked
 from .forward import forward
-from .images import AnyImages, Named, are_several, listed, prepare_all
+from .images import Named, are_several, listed, prepare_all
 from .loading import adapt_channels, load_model
 from .model import ShuffleNetV2, describe, init_variables
 from .porting import dialects
 from .published import PUBLISHED, find
+from .shapes import Array, Features, Logits, Variables
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +96,14 @@ class Model:
       info: a ModelInfo: the classes, and how images are prepared.
     """
 
-    def __init__(self, module: ShuffleNetV2, variables: Any, info: ModelInfo) -> None:
+    def __init__(self, module: ShuffleNetV2, variables: Variables, info: ModelInfo) -> None:
         self.module, self.variables, self.info = module, variables, info
 
     def __repr__(self) -> str:
         (height, width), channels = self.info.preprocess.size, self.info.in_chans
         return f"<Model: ShuffleNetV2 {describe(self.module)}, for images of {height} x {width} x {channels}>"
 
-    def __call__(self, images: Ready | AnyImages) -> Float[Array, "batch num_classes"]:
+    def __call__(self, images: Unchecked) -> Logits:
         """Return the logits of images.
 
         Args:
@@ -115,14 +116,23 @@ class Model:
         """
         if not self.info.num_classes:
             raise InputError("the model has no classifier; use extract_feat, or get_model with num_classes")
-        return self.outputs(images)[0]
+        logits, _ = self.outputs(images)
+        assert logits is not None  # There is a classifier.
+        return logits
 
-    def extract_feat(self, images: Ready | AnyImages) -> dict[str, Float[Array, "batch *height_width channels"]]:
-        """Return {"stem", "stage2", "stage3", "stage4", "conv5": (B, h, w, C), "pooled": (B, C)} of images as above."""
+    def extract_feat(self, images: Unchecked) -> Features:
+        """Return {"stem", "stage2", "stage3", "stage4", "conv5": (B, h, w, C), "pooled": (B, C)} of images.
+
+        Args:
+          images: as for a call.
+
+        Raises:
+          InputError: the images have another type or shape.
+        """
         return self.outputs(images)[1]
 
     def preprocess(
-        self, images: AnyImages, *, name: str | None = None
+        self, images: Unchecked, *, name: str | None = None
     ) -> UInt8[np.ndarray, "batch crop_height crop_width channels"]:
         """Return the evaluation transform of images, ready for the model.
 
@@ -163,17 +173,24 @@ class Model:
         save_model(out, info, self.variables, overwrite=overwrite)
 
     def class_name(self, label: int) -> str:
-        """What people call a class: ImageNet's by a short name, others as their data does, or the label."""
+        """Return a class's name for people: ImageNet's by a short name, others as in their data, or the label.
+
+        Args:
+          label: of the class.
+        """
         return class_name(self.info.classes, label)
 
-    def class_activation_map(self, conv5: np.ndarray, label: int) -> np.ndarray:
-        """Show where a class is seen (Zhou et al., CVPR 2016): what each place of the last features adds to its logit.
+    def class_activation_map(
+        self, conv5: Float[Array, "height width channels"], label: int
+    ) -> Float[Array, "height width"]:
+        """Show where a class is visible: the share of each place in its logit (Zhou et al., CVPR 2016).
 
         Args:
           conv5: features (h, w, C) of an image.
-          label: the class.
+          label: of the class.
+
         Returns:
-          (h, w), from 0, nothing, to 1, most.
+          (h, w), from 0, nothing, to 1, the largest share.
         """
         seen = np.maximum(conv5 @ self.variables["params"]["fc"]["kernel"][:, label], 0)
         return seen / max(seen.max(), 1e-12)
@@ -183,11 +200,18 @@ class Model:
         labels = np.argsort(-scores, kind="stable")[:count]
         return [{"label": int(i), "class": self.class_name(int(i)), "score": float(scores[i])} for i in labels]
 
-    def outputs(self, images: Ready | AnyImages) -> tuple[Any, dict[str, Float[Array, "batch *height_width channels"]]]:
-        """Return (logits, features) of images as above, both at once; a backbone's logits are None."""
+    def outputs(self, images: Unchecked) -> tuple[Logits | None, Features]:
+        """Return logits and features of images, both at once; a backbone's logits are None.
+
+        Args:
+          images: as for a call.
+
+        Raises:
+          InputError: the images have another type or shape.
+        """
         return self._apply(self._weights, self._ready(images))
 
-    def _ready(self, images: Any) -> jax.Array:
+    def _ready(self, images: Unchecked) -> jax.Array:
         """Return images as the network's program takes them: (B, H, W, C), uint8 or normalized floats."""
         if _to_prepare(images):
             given = listed(images)
@@ -204,16 +228,16 @@ class Model:
         return images
 
     @cached_property
-    def deployed(self):
-        """(Deployed, its weights): the form that predicts fastest."""
+    def deployed(self) -> tuple[Deployed, Variables]:
+        """The fastest form of the network, and its weights."""
         return deploy(self.module, self.variables)
 
     @cached_property
-    def _weights(self):
+    def _weights(self) -> Variables:
         return jax.device_put(self.deployed[1])
 
     @cached_property
-    def _apply(self):
+    def _apply(self) -> Callable[[Variables, Array], tuple[Logits | None, Features]]:
         return compile_deployed(partial(forward, self.deployed[0], self.info.preprocess))
 
 
@@ -227,7 +251,7 @@ class Backbone:
       feature_info: name, channels and reduction of each map.
     """
 
-    def __init__(self, module: ShuffleNetV2, variables: Any, info: ModelInfo) -> None:
+    def __init__(self, module: ShuffleNetV2, variables: Variables, info: ModelInfo) -> None:
         self._model = Model(module, variables, info)
         self.module, self.variables, self.info = module, variables, info
         self.feature_info: FeatureInfo = feature_info_of(module)
@@ -236,12 +260,12 @@ class Backbone:
         maps = ", ".join(f"{level.name} ({level.channels}, 1/{level.reduction})" for level in self.feature_info)
         return f"<Backbone: ShuffleNetV2 {describe(self.module)}; {maps}>"
 
-    def __call__(self, images: Ready | AnyImages) -> list[Float[Array, "batch height width channels"]]:
+    def __call__(self, images: Unchecked) -> list[Float[Array, "batch height width channels"]]:
         """Return the feature maps of images, which are given as to a Model: arrays (B, H, W, C) of any resolution."""
         features = self._model.extract_feat(images)
         return [features[level.name] for level in self.feature_info]
 
-    def preprocess(self, images: AnyImages) -> UInt8[np.ndarray, "batch crop_height crop_width channels"]:
+    def preprocess(self, images: Unchecked) -> UInt8[np.ndarray, "batch crop_height crop_width channels"]:
         """Return the evaluation transform of images, as `Model.preprocess` does."""
         return self._model.preprocess(images)
 
@@ -255,7 +279,7 @@ class Backbone:
         return self.feature_info[-1].channels
 
 
-def _to_prepare(images: Any) -> bool:
+def _to_prepare(images: Unchecked) -> bool:
     """Return whether the model must prepare images first: all but arrays (B, H, W, C), of floats, or in a program."""
     if isinstance(images, jax.core.Tracer) or not hasattr(images, "ndim"):
         return not isinstance(images, jax.core.Tracer)
@@ -274,25 +298,25 @@ def _warn_of_crops(images: Sequence[Named], size: tuple[int, int]) -> None:
 
 @overload
 def get_model(
-    name: str | Path, pretrained: bool = False, *, features_only: Literal[False] = False, **settings: Any
+    name: str | Path, pretrained: bool = False, *, features_only: Literal[False] = False, **settings: Unchecked
 ) -> Model: ...
 @overload
 def get_model(
-    name: str | Path, pretrained: bool = False, *, features_only: Literal[True], **settings: Any
+    name: str | Path, pretrained: bool = False, *, features_only: Literal[True], **settings: Unchecked
 ) -> Backbone: ...
 def get_model(
-    name: str | Path,
+    name: Unchecked,
     pretrained: bool = False,
     *,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
+    num_classes: Unchecked = None,
+    in_chans: Unchecked = None,
     conv5: bool | None = None,
-    features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
-    seed: int = 0,
-    **settings: Any,
+    features_only: Unchecked = False,
+    out_indices: Unchecked = None,
+    seed: Unchecked = 0,
+    **settings: Unchecked,
 ) -> Model | Backbone:
-    """A model by its published name, or from a checkpoint of your own.
+    """Return a model by its published name, or from your own checkpoint.
 
     Args:
       name: a name of `list_models`, a model directory, a training workdir, one of its numbered checkpoints or a
@@ -301,14 +325,15 @@ def get_model(
         your own always brings its weights.
       num_classes: of a new classifier, where it is not the checkpoint's; 0: none.
       in_chans: channels of the images. For 1, grey, the first convolution takes the sum of its weights over the
-        colours; for others it repeats them and scales them down (see `loading.adapt_channels`). Image files have
-        colours or grey: give a model of other channels arrays.
+        colors; for others it repeats them and scales them down (see `loading.adapt_channels`). Image files have
+        colors or grey: give a model of other channels arrays.
       conv5: False ends the network after stage4, where no classifier fits: set `num_classes` to 0.
       features_only: return a Backbone, which computes feature maps alone, without the layers behind them.
       out_indices: which feature maps, ascending: 0 conv1, 1 stem, 2 to 4 stage2 to stage4; by default all.
-      seed: of what is made anew.
-      settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`; of fresh models also `channels`
-        and `repeats`.
+      seed: of new weights.
+      settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `dropout`; for fresh models also
+        `channels` and `repeats`.
+
     Raises:
       InputError: a ValueError whose message is one line; there is no such model, or it cannot be loaded.
     """
@@ -373,7 +398,11 @@ def describe_published(name: str) -> PublishedFigures:
 
 
 def published_info(name: str) -> ModelInfo:
-    """The ModelInfo of published weights, before anything is downloaded."""
+    """Return the model description of published weights, without a download.
+
+    Args:
+      name: a key of PUBLISHED.
+    """
     published = find(name)
     rules = dialects.DIALECTS[published.source.lower()]
     return ModelInfo(
@@ -385,15 +414,17 @@ def published_info(name: str) -> ModelInfo:
     )
 
 
-def _adapted(module, variables, info, num_classes, in_chans, conv5, seed):
-    """The Model with another classifier or first convolution, or without conv5."""
+def _adapted(
+    module: ShuffleNetV2, variables: Variables, info: ModelInfo, num_classes: int, in_chans: int, conv5: bool, seed: int
+) -> Model:
+    """Return the model with another classifier or first convolution, or without conv5."""
     if conv5 and not info.conv5:
         raise InputError("the network ends with stage4, and no weights of conv5 are there; leave conv5 out")
     if num_classes and not conv5:
         raise InputError("the network ends with stage4, where no classifier fits; set num_classes to 0")
     variables, preprocess = adapt_channels(variables, info.preprocess, in_chans)
     params, batch_stats = dict(variables["params"]), dict(variables["batch_stats"])
-    changes = {"num_classes": num_classes, "in_chans": in_chans, "conv5": conv5}
+    changes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "conv5": conv5}
     module = module.clone(**changes)
     changes |= {"preprocess": preprocess, "sha256": None}
     if num_classes != info.num_classes:
@@ -419,16 +450,15 @@ def inference_model(
     model: Model | str | Path, images: list[Any] | tuple[Any, ...], *, top_k: int | None = None
 ) -> list[Prediction]: ...
 @overload
-def inference_model(model: Model | str | Path, images: Any, *, top_k: int | None = None) -> Any: ...
-def inference_model(
-    model: Model | str | Path, images: AnyImages, *, top_k: int | None = None
-) -> Prediction | list[Prediction]:
+def inference_model(model: Model | str | Path, images: Unchecked, *, top_k: int | None = None) -> Unchecked: ...
+def inference_model(model: Unchecked, images: Unchecked, *, top_k: Unchecked = None) -> Prediction | list[Prediction]:
     """Return what a model sees in an image, or in each of a list.
 
     Args:
       model: a Model, a published name or a checkpoint.
       images: one or more, as `Model.preprocess` takes them.
       top_k: how many of the best classes to list as `topk`, 1 or more; None leaves the list out.
+
 
     Returns:
       The Prediction of an image, or a list of them for a list or a batch (B, H, W, C).

@@ -1,4 +1,4 @@
-"""Initial weights: how each begins, and all of them drawn by one small program.
+"""Initial weights: their distributions, and one small program that draws all of them.
 
 Deviations follow MMPretrain and the authors' code, or PyTorch's own layers.
 """
@@ -6,36 +6,44 @@ Deviations follow MMPretrain and the authors' code, or PyTorch's own layers.
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core.scope import LazyRng
 from jax.extend.random import threefry2x32_p
+from jax.typing import DTypeLike
+from jaxtyping import Float32, UInt32
 
 from .config import Initialization
 
 Path = tuple[str, ...]
-ABOVE = np.nextafter(np.float32(-1), np.float32(0))  # The least number from which a finite normal one is made.
+ABOVE = np.nextafter(np.float32(-1), np.float32(0))  # The least uniform number that gives a finite normal one.
 
 
 class Draw(NamedTuple):
-    """How a weight begins: random numbers times a scale. It is an initializer for `nn.Module.param`."""
+    """The initial distribution of a weight, as an initializer for `nn.Module.param`.
 
-    normal: bool  # Of the standard normal distribution; else evenly from -1 to 1.
+    Attributes:
+      normal: whether it is the normal distribution, or else the uniform one from -1 to 1.
+      scale: factor on the random numbers.
+    """
+
+    normal: bool
     scale: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """Draw the weight."""
         numbers = jax.random.normal(key, shape, dtype) if self.normal else jax.random.uniform(key, shape, dtype, -1)
         return numbers * jnp.asarray(self.scale, dtype)
 
 
 def draw_of(path: Path, kernel: tuple[int, ...], initial: Initialization) -> Draw:
-    """Return how a weight of a convolution or of the classifier begins.
+    """Return the initial distribution of a weight of a convolution or of the classifier.
 
     Args:
-      path: of the weight, ending like `conv1/conv/kernel` or `fc/bias`.
+      path: of the weight, which ends like `conv1/conv/kernel` or `fc/bias`.
       kernel: shape of the layer's kernel, (H, W, I / groups, O) or (I, O).
       initial: whose initial weights.
     """
@@ -46,8 +54,8 @@ def draw_of(path: Path, kernel: tuple[int, ...], initial: Initialization) -> Dra
     return Draw(normal=True, scale=1 / kernel[-2])
 
 
-def can_draw_together(dtype: Any) -> bool:
-    """Whether `draw_together` gives the numbers that Flax would draw: with JAX's usual generator, in float32."""
+def can_draw_together(dtype: DTypeLike) -> bool:
+    """Return whether `draw_together` gives Flax's numbers: with JAX's usual generator, in float32."""
     usual = jax.config.jax_default_prng_impl == "threefry2x32" and jax.config.jax_threefry_partitionable
     return bool(usual and dtype == jnp.float32)
 
@@ -56,8 +64,9 @@ def draw_together(key: jax.Array, draws: Mapping[Path, tuple[Draw, tuple[int, ..
     """Draw the numbers that Flax would draw, without compiling a program for each shape.
 
     Args:
-      key: that `module.init` would take.
-      draws: {path of a parameter: (how it begins, its shape)}, all of one distribution.
+      key: the one for `module.init`.
+      draws: {path of a parameter: (distribution, shape)}, all normal or all uniform.
+
     Returns:
       {path: its float32 numbers}.
     """
@@ -65,7 +74,7 @@ def draw_together(key: jax.Array, draws: Mapping[Path, tuple[Draw, tuple[int, ..
         return {}
     (normal,) = {draw.normal for draw, _ in draws.values()}
     sizes = [math.prod(shape) for _, shape in draws.values()]
-    # Flax's key for each parameter: by the names on its path, and which parameter of its layer it is.
+    # Flax derives the key of a parameter from the names on its path and its number within the layer.
     suffixes = [(*path[:-1], 2 if path[-1] == "bias" else 1) for path in draws]
     keys = np.stack([jax.random.key_data(LazyRng.create(key, *suffix).as_jax_rng()) for suffix in suffixes])
     places = np.concatenate([np.arange(size, dtype=np.uint32) for size in sizes])
@@ -79,14 +88,18 @@ def draw_together(key: jax.Array, draws: Mapping[Path, tuple[Draw, tuple[int, ..
 
 
 @partial(jax.jit, static_argnums=2)
-def _draw(keys: jax.Array, places: jax.Array, normal: bool) -> jax.Array:
-    """Draw a number for each key and place in its array as `jax.random` does: even ones from -1 to 1, or normal ones.
+def _draw(
+    keys: UInt32[jax.Array, "numbers 2"], places: UInt32[jax.Array, " numbers"], normal: bool
+) -> Float32[jax.Array, " numbers"]:
+    """Draw a number for each key and place in its array as `jax.random` does.
 
     Args:
-      keys: (N, 2) uint32.
-      places: (N,) uint32.
+      keys: (N, 2), the key of each number's array.
+      places: (N,), the number's place in that array.
+      normal: whether to draw normal numbers, or else uniform ones from -1 to 1.
+
     Returns:
-      (N,) float32; normal ones are divided by the root of 2.
+      (N,); normal numbers are divided by the root of 2.
     """
     high, low = threefry2x32_p.bind(keys[:, 0], keys[:, 1], jnp.zeros_like(places), places)
     bits = (high ^ low) >> 9 | np.uint32(0x3F800000)  # A float32 from 1 to 2.

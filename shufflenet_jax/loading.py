@@ -10,33 +10,37 @@ from typing import Any
 import numpy as np
 
 from . import hub
-from .checkpoint import load_directory, save_model, stored_module
+from .checkpoint import Loaded, load_directory, save_model, stored_module
 from .config import ModelInfo, Preprocess
-from .errors import InputError
+from .errors import InputError, Unchecked
 from .exports.repository import CONFIG, WEIGHTS, is_repository_folder, read_config, read_repository
 from .exports.tensors import read_safetensors
 from .files import UnwritableError, cache_dir, hash_of, locked, path_of
 from .installation import require_packages
 from .model import ShuffleNetV2
 from .published import PUBLISHED, file_of, is_at_hand
+from .shapes import Variables
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(checkpoint, *, ema=False, **settings):
-    """The network in a checkpoint of any form.
+def load_model(checkpoint: Unchecked, *, ema: bool = False, **settings: Unchecked) -> Loaded:
+    """Load a network from a checkpoint of any form.
 
     Args:
       checkpoint: a model directory; a training workdir (its best checkpoint, else the latest) or one of its numbered
         checkpoints, WORKDIR/checkpoints/N; a published name, whose file is downloaded, or a .pth file; both are
         converted once and kept in the cache; a .safetensors file that `export` wrote; a folder that `publish` wrote, or
         its repository on the Hugging Face Hub, hf-hub:OWNER/NAME, where @REVISION may follow.
-      ema: take the moving averages that a training or an MMPretrain file keeps beside the weights.
+      ema: take the moving averages that a training or an MMPretrain file stores beside the weights.
       settings: fields of ShuffleNetV2 to change, like `dtype`, `lowering` or `remat`.
+
     Returns:
-      (module, variables, ModelInfo): a ShuffleNetV2, its {"params", "batch_stats"} as NumPy arrays, and what is known.
+      (module, variables, ModelInfo): a ShuffleNetV2, its {"params", "batch_stats"} as NumPy arrays, and the model
+      description.
+
     Raises:
-      InputError: nothing usable lies there.
+      InputError: there is no checkpoint, or it cannot be used.
     """
     if hub.is_repository(checkpoint):
         _require_no_ema(str(checkpoint), ema=ema)
@@ -85,17 +89,18 @@ def _errors_naming(address: str) -> Iterator[None]:
         raise InputError(f"{address}: {error}") from error
 
 
-def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tuple[Any, Preprocess]:
+def adapt_channels(variables: Variables, preprocess: Preprocess, in_chans: int) -> tuple[Variables, Preprocess]:
     """Give a trained network's first convolution another number of input channels.
 
-    Grey takes the sum of the weights, which sees a grey image as the network saw it in colours. Other numbers repeat
-    the weights, those of colours in the order red, green, blue, and divide them by how many more there are, which is
-    timm's rule: where all channels are equal, nothing changes.
+    Grey takes the sum of the weights, which sees a grey image as the network saw it in colors. Other numbers repeat the
+    weights, those of colors in the order red, green, blue, and divide them by how many more there are, which is timm's
+    rule: if all channels are equal, nothing changes.
 
     Args:
       variables: {"params", "batch_stats"} as NumPy arrays; not changed.
-      preprocess: how the network's images are prepared.
-      in_chans: channels from now on, 1 or more.
+      preprocess: how to prepare the network's images.
+      in_chans: new number of channels, 1 or more.
+
     Returns:
       (variables, preprocess) for images of `in_chans` channels.
     """
@@ -115,7 +120,7 @@ def adapt_channels(variables: Any, preprocess: Preprocess, in_chans: int) -> tup
     return {**variables, "params": params}, adapted
 
 
-def _load_published(name, ema, settings):
+def _load_published(name: str, ema: bool, settings: dict[str, Any]) -> Loaded:
     """Load a published file, which is downloaded on first use; without a cache it stays in memory."""
     if not is_at_hand(name):
         require_packages("torch")  # Before a download that could not be converted.
@@ -128,8 +133,8 @@ def _load_published(name, ema, settings):
     return _load_file(path, ema, settings)
 
 
-def _load_file(path, ema, settings):
-    """Load a .pth file: converted, and verified, on first use and then kept in the cache, where there is one."""
+def _load_file(path: Path, ema: bool, settings: dict[str, Any]) -> Loaded:
+    """Load a .pth file, converted and verified on first use and then kept in the cache, if there is one."""
     directory = cache_dir() / "converted" / f"{path.stem[:100]}-{hash_of(path)[:16]}{'-ema' if ema else ''}"
     if directory.exists():
         return load_directory(directory, **settings)

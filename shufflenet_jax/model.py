@@ -11,31 +11,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
 
 from . import lowerings
 from .architecture import LAYERS, LAYOUTS, LEVELS, STAGES, Table, fault_of, name_of, resolve_table
 from .batch_groups import BatchGroups
 from .config import RENAMED, Initialization, require_whole_number
 from .errors import InputError
-from .initialization import can_draw_together, draw_of, draw_together
+from .initialization import Draw, can_draw_together, draw_of, draw_together
+from .lowerings import Maps
+from .shapes import Array, Features, Images, Logits, Variables
 
 EPSILON = 1e-5
-MOMENTUM = 0.9  # Of the running average that is kept; PyTorch's 0.1 is the part that is new.
+MOMENTUM = 0.9  # The share of the old running average; PyTorch's 0.1 is the share of the new value.
 
 
 class Conv(nn.Module):
-    """A square convolution; its weights are `kernel` (size, size, I / groups, O) and, where asked for, `bias`."""
+    """A square convolution without bias. Its `kernel` is (size, size, I / groups, O).
+
+    Attributes:
+      features: output channels O.
+      size: of the kernel, 1 or 3.
+      stride: in both directions.
+      groups: 1, or I for a depthwise convolution.
+      dtype: type of the computation.
+      lowering: how the operation runs, as in ShuffleNetV2.
+      initial: whose initial weights.
+    """
 
     features: int
     size: int
     stride: int = 1
     groups: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     lowering: str = "auto"
     initial: Initialization = "mmpretrain"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Maps) -> Maps:
+        """Convolve an array in the lowering's axis order."""
         lower = lowerings.resolve(self.lowering)
         fan = x.shape[lower.CHANNEL_AXIS] // self.groups
         shape = (self.size, self.size, fan, self.features)
@@ -45,21 +60,28 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm that keeps PyTorch's running variance: the unbiased one, n / (n - 1) times that of the batch."""
+    """Batch norm that keeps PyTorch's running variance: the unbiased one, n / (n - 1) times that of the batch.
+
+    Attributes:
+      train: whether to use, and average, the statistics of the batch.
+      relu: whether a ReLU follows.
+      lowering: how the operation runs, as in ShuffleNetV2.
+    """
 
     train: bool
     relu: bool = False
     lowering: str = "reference"
 
     @nn.compact
-    def __call__(self, x, batch_groups):
+    def __call__(self, x: Maps, batch_groups: BatchGroups) -> Maps:
+        """Normalize an array in the lowering's axis order; in training, update the running statistics."""
         lower = lowerings.resolve(self.lowering)
         channels, dtype = (x.shape[lower.CHANNEL_AXIS],), _stored(x.dtype)
         scale = self.param("scale", nn.initializers.ones, channels, dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
-        common = {"epsilon": EPSILON, "relu": self.relu}
+        common: dict[str, Any] = {"epsilon": EPSILON, "relu": self.relu}
         if not self.train:
             return lower.normalize(x, running_mean.value, running_var.value, scale, bias, **common)
 
@@ -73,7 +95,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm and, where asked for, ReLU."""
+    """Convolution, batch norm and, by default, ReLU. The fields are those of Conv and BatchNorm."""
 
     features: int
     size: int
@@ -81,12 +103,13 @@ class ConvBN(nn.Module):
     relu: bool = True
     stride: int = 1
     groups: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     lowering: str = "auto"
     initial: Initialization = "mmpretrain"
 
     @nn.compact
-    def __call__(self, x, batch_groups):
+    def __call__(self, x: Maps, batch_groups: BatchGroups) -> Maps:
+        """Apply the layers to an array in the lowering's axis order."""
         conv = Conv(
             self.features,
             self.size,
@@ -104,19 +127,29 @@ class Unit(nn.Module):
     """One unit of a stage; the first of a stage (stride 2) also halves the resolution and widens.
 
     Layout "torchvision" splits the channels into halves and shuffles the joined result. Layout "megvii" splits them
-    into even and odd instead and never shuffles; in its stride-2 units the left branch keeps the input's width.
+    into even and odd ones instead and never shuffles; in its stride-2 units the left branch keeps the input's width.
+
+    Attributes:
+      features: output channels.
+      stride: 1 or 2.
+      layout: wiring, as in ShuffleNetV2.
+      train: whether batch norm uses the statistics of the batch.
+      dtype: type of the computation.
+      lowering: how the operations run, as in ShuffleNetV2.
+      initial: whose initial weights.
     """
 
     features: int
     stride: int
     layout: str
     train: bool
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     lowering: str = "auto"
     initial: Initialization = "mmpretrain"
 
     @nn.compact
-    def __call__(self, x, batch_groups):
+    def __call__(self, x: Maps, batch_groups: BatchGroups) -> Maps:
+        """Apply the unit to an array in the lowering's axis order."""
         names = ("train", "dtype", "lowering", "initial")
         layer = partial(ConvBN, **{name: getattr(self, name) for name in names})
         lower = lowerings.resolve(self.lowering)
@@ -137,49 +170,68 @@ class Unit(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask goes by the place of each row in the whole batch, whichever device it is on."""
+    """Dropout whose mask depends on each example's place in the whole batch, not on its device.
+
+    Attributes:
+      rate: share of the values that become 0.
+      train: whether to drop any.
+    """
 
     rate: float
     train: bool
 
     @nn.compact
-    def __call__(self, x, batch_groups):
+    def __call__(self, x: Array, batch_groups: BatchGroups) -> Array:
+        """Drop values of (B, ...) in training."""
         if not (self.rate and self.train):
             return x
         places = jnp.arange(len(x)) if batch_groups.places is None else batch_groups.places
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), places)
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
-        return jnp.where(kept, x / (1 - self.rate), 0)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1 - self.rate), 0)
 
 
 class ShuffleNetV2(nn.Module):
     """The whole network: `logits, features = module.apply(variables, images)`.
 
-    Images are (B, H, W, in_chans) floats of any resolution, normalised as the weights expect. Logits are
-    (B, num_classes), at least float32. Features are a dict of every stage's output at a 1/4, 1/8, 1/16 and 1/32 of the
-    input's resolution, and `pooled` (B, conv5's channels); those of layers which the module lacks are missing.
+    Images are (B, H, W, in_chans) floats of any resolution, normalized as the weights expect. Logits are
+    (B, num_classes), at least float32. Features are a dict of every stage's output, at 1/4, 1/8, 1/16 and 1/32 of the
+    input's resolution, and `pooled` (B, conv5's channels); layers that the module lacks have no entry. The argument
     `batch_groups` says which images share batch statistics in training; by default all do.
+
+    Attributes:
+      width: a key of architecture.TABLES: the column of the paper's table 5.
+      num_classes: 0 leaves the classifier out: logits are None.
+      in_chans: channels of the images.
+      layout: "torchvision", or "megvii", the wiring of the authors' own release.
+      small_stem: for images of 16 to 64 pixels: conv1 has stride 1 and no max pool follows.
+      conv5: False ends the network after stage4, as some published backbones do.
+      dropout: rate before the classifier; Megvii trains 2.0x with 0.2.
+      dtype: type of the computation; bfloat16 keeps parameters, statistics and logits in float32.
+      lowering: how the operations run, see lowerings; "reference" is the plain form, and slow.
+      remat: recompute each unit in the backward pass: less memory, more time.
+      frozen: layers and stages whose batch norm uses its running statistics in training too: ("conv1", "stage2").
+      initial: whose initial weights; "pytorch" has those of torchvision's networks.
+      channels: of stem, stage2, stage3, stage4 and conv5, instead of the width's.
+      repeats: units of stage2, stage3 and stage4, instead of the width's.
+      outputs: of a backbone, the features to return, of LEVELS; the network ends with the last of them.
     """
 
-    width: float | None = 1.0  # A key of architecture.TABLES: the column of the paper's table 5.
-    num_classes: int = 1000  # 0 leaves the classifier out: logits are None.
+    width: float | None = 1.0
+    num_classes: int = 1000
     in_chans: int = 3
-    layout: str = "torchvision"  # Or "megvii", the wiring of the authors' own release.
-    small_stem: bool = False  # For images of 16 to 64 pixels: conv1 has stride 1 and no max pool follows.
-    conv5: bool = True  # False ends the network after stage4, as some published backbones do.
-    dropout: float = 0.0  # Before the classifier; Megvii trains 2.0x with 0.2.
-    dtype: Any = jnp.float32  # Of the computation: bfloat16 keeps parameters, statistics and logits in float32.
-    lowering: str = "auto"  # See lowerings; "reference" is the slow, plain form.
-    remat: bool = False  # Recompute each unit in the backward pass: less memory, more time.
-    frozen: tuple[
-        str, ...
-    ] = ()  # Layers and stages whose batch norm predicts in training too, like ("conv1", "stage2").
-    initial: Initialization = "mmpretrain"  # "pytorch": the weights that torchvision's networks begin with.
-    channels: tuple[int, ...] | None = None  # Of stem, stage2, stage3, stage4, conv5, instead of the width's.
-    repeats: tuple[int, ...] | None = None  # Units of stage2, stage3, stage4, instead of the width's.
-    outputs: tuple[str, ...] | None = (
-        None  # Of a backbone: the features to return, of LEVELS; what follows is left out.
-    )
+    layout: str = "torchvision"
+    small_stem: bool = False
+    conv5: bool = True
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    lowering: str = "auto"
+    remat: bool = False
+    frozen: tuple[str, ...] = ()
+    initial: Initialization = "mmpretrain"
+    channels: tuple[int, ...] | None = None
+    repeats: tuple[int, ...] | None = None
+    outputs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, numbers in self.table._asdict().items():
@@ -203,7 +255,19 @@ class ShuffleNetV2(nn.Module):
         return STAGES[: max(0, last + 1 - LEVELS.index(STAGES[0]))]
 
     @nn.compact
-    def __call__(self, images, *, train=False, batch_groups=None):
+    def __call__(
+        self, images: Array, *, train: bool = False, batch_groups: BatchGroups | None = None
+    ) -> tuple[Logits | None, Features]:
+        """Return (logits, features) of images.
+
+        Args:
+          images: (B, H, W, in_chans) floats of any resolution.
+          train: whether batch norm uses and averages the statistics of the batch, and dropout drops.
+          batch_groups: which images share batch statistics in training; None means all.
+
+        Raises:
+          ValueError: the images have another shape.
+        """
         table = self.table
         if images.ndim != 4 or images.shape[-1] != self.in_chans:
             raise ValueError(f"images have shape {images.shape}, not (B, H, W, {self.in_chans})")
@@ -212,12 +276,13 @@ class ShuffleNetV2(nn.Module):
         names = ("dtype", "lowering", "initial")
         common = {name: getattr(self, name) for name in names}
 
-        def training(layer):
+        def training(layer: str) -> bool:
             return train and layer not in self.frozen
 
         unit = nn.remat(Unit) if self.remat else Unit
         lower = lowerings.resolve(self.lowering)
-        features, batch_groups = {}, batch_groups or BatchGroups()
+        features: Features = {}
+        batch_groups = batch_groups or BatchGroups()
 
         x = lower.from_nhwc(images.astype(self.dtype))
         stem = {"train": training("conv1"), "stride": 1 if self.small_stem else 2}
@@ -246,7 +311,7 @@ class ShuffleNetV2(nn.Module):
 
         x = Dropout(self.dropout, train)(x, batch_groups)
         uniform, shape = self.initial == "pytorch", (x.shape[1], self.num_classes)
-        # Megvii's classifier alone has no bias.
+        # Only Megvii's classifier has no bias.
         fc = nn.Dense(
             self.num_classes,
             use_bias=self.layout != "megvii",
@@ -269,8 +334,8 @@ SETTINGS = tuple(name for name in ShuffleNetV2.__dataclass_fields__ if name not 
 
 
 def _require_possible(module: ShuffleNetV2) -> None:
-    """Raise InputError where a setting has a value that it cannot have."""
-    names_of_lowerings = ("auto", *lowerings.MODULES, *RENAMED)  # Read here: users may add a lowering.
+    """Raise InputError if a setting has an impossible value."""
+    names_of_lowerings = ("auto", *lowerings.MODULES, *RENAMED)  # Read here because users may add a lowering.
     for name, values in {**CHOICES, "lowering": names_of_lowerings}.items():
         value = getattr(module, name)
         if not any(value is choice or (type(value) is not bool and value == choice) for choice in values):
@@ -304,18 +369,25 @@ def _require_outputs(module: ShuffleNetV2) -> None:
         raise InputError("a network with outputs ends with them; set num_classes to 0 and conv5 to False")
 
 
-def init_variables(module, *, seed=0, key=None):
-    """Fresh variables of a ShuffleNetV2, {"params", "batch_stats"}, from a seed: those that `module.init` gives.
+def init_variables(module: ShuffleNetV2, *, seed: int = 0, key: PRNGKeyArray | None = None) -> Variables:
+    """Draw fresh variables of a ShuffleNetV2: those that `module.init` gives, as NumPy arrays.
 
-    They are NumPy arrays. A key, if given, stands for that of the seed; inside a program, where it has no value yet,
-    the variables are a part of the program.
+    Args:
+      module: the network.
+      seed: of the random numbers.
+      key: used instead of the seed's key. In a traced program, where it has no value yet, the variables are part of
+        the program.
+
+    Returns:
+      {"params", "batch_stats"}.
     """
     key = jax.random.key(seed) if key is None else key
     if isinstance(key, jax.core.Tracer):
         return module.init(key, _smallest_images(module))
     if not can_draw_together(_stored(module.dtype)):
         return jax.tree.map(np.asarray, jax.jit(module.init)(key, _smallest_images(module)))
-    variables, draws = {}, {}
+    variables: dict[tuple[str, ...], np.ndarray] = {}
+    draws: dict[tuple[str, ...], tuple[Draw, tuple[int, ...]]] = {}
     leaves = flatten_dict(variable_shapes(module))
     for (kind, *path), leaf in leaves.items():
         kernel = leaves.get((kind, *path[:-1], "kernel"))
@@ -327,28 +399,28 @@ def init_variables(module, *, seed=0, key=None):
     return unflatten_dict(variables)
 
 
-def _smallest_images(module):
+def _smallest_images(module: ShuffleNetV2) -> Images:
     return jnp.zeros((1, 32, 32, module.in_chans), module.dtype)
 
 
-def describe(module):
-    """Name a ShuffleNetV2 in a few words: its table, wiring and classes."""
+def describe(module: ShuffleNetV2) -> str:
+    """Describe a ShuffleNetV2 in a few words: its table, wiring and classes."""
     stem = ", small stem" if module.small_stem else ""
     head = f"{module.num_classes} classes" if module.num_classes else "no classifier: features only"
     return f"{name_of(module.table, conv5=module.conv5)}, {module.layout} layout{stem}, {head}"
 
 
-def variable_shapes(module):
-    """The tree of shapes and types of a ShuffleNetV2's variables; nothing is computed."""
-    # The reference lowering is the quickest to trace, and all have the same variables.
+def variable_shapes(module: ShuffleNetV2) -> Variables:
+    """Return the shapes and types of a ShuffleNetV2's variables, as a tree of ShapeDtypeStruct; compute nothing."""
+    # The reference lowering is the fastest to trace, and all have the same variables.
     return _variable_shapes(module.clone(lowering="reference", remat=False), jax.config.jax_enable_x64)
 
 
 @cache
-def _variable_shapes(module, _x64):
+def _variable_shapes(module: ShuffleNetV2, _x64: bool) -> Variables:
     return jax.eval_shape(module.init, jax.random.key(0), _smallest_images(module))
 
 
-def _stored(dtype):
-    """The type that parameters, statistics and logits have beside a compute type: float32, or float64 with float64."""
+def _stored(dtype: DTypeLike) -> np.dtype:
+    """Return the type of parameters, statistics and logits for a compute type: float32, or float64 with float64."""
     return jnp.promote_types(dtype, jnp.float32)

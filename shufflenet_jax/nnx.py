@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 
 from . import model as linen
 from .batch_groups import BatchGroups
+from .errors import Unchecked
 from .inference import get_model
+from .shapes import Variables
 
 FIELDS = (*linen.SETTINGS, "outputs")  # What a Linen module is made from.
 
@@ -38,8 +40,8 @@ class ShuffleNetV2(flax.nnx.Module):
         width: float | None = 1.0,
         *,
         rngs: flax.nnx.Rngs | None = None,
-        variables: Any = None,
-        **settings: Any,
+        variables: Variables | None = None,
+        **settings: Unchecked,
     ) -> None:
         """Make a network with fresh weights, those of Linen's `module.init(rngs.params(), images)`.
 
@@ -106,7 +108,7 @@ class ShuffleNetV2(flax.nnx.Module):
         return flatten_dict({name: getattr(self, name) for name in self.layers})
 
 
-def load(checkpoint: str | Path, *, rngs: flax.nnx.Rngs | None = None, **settings: Any) -> ShuffleNetV2:
+def load(checkpoint: str | Path, *, rngs: flax.nnx.Rngs | None = None, **settings: Unchecked) -> ShuffleNetV2:
     """Return the network in a checkpoint as a flax.nnx module, which predicts until `net.train()`.
 
     Args:

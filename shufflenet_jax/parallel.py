@@ -1,10 +1,10 @@
-"""Steps over all devices of all hosts: the only file that says pmap and jax.distributed.
+"""Steps over all devices of all hosts: the only file that uses pmap and jax.distributed.
 
 The state has no device axis: `None` in pmap's axes broadcasts it in and hands one copy back. Nothing checks that the
-copies agree (a forgotten mean raises nothing), which is why the tests compare them.
+copies agree (a forgotten mean raises nothing), so the tests compare them.
 
-Each process feeds its own devices and runs the same program as all others: what one does with all of them together,
-every one has to do, in the same order.
+Each process feeds its own devices and runs the same program as all others. All processes must run collective operations
+in the same order.
 """
 
 import contextlib
@@ -13,45 +13,72 @@ import logging
 import os
 import subprocess
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .batch_groups import AXIS, plan_batch
+from .batch_groups import AXIS, BatchPlan, plan_batch
+from .config import TrainConfig
 from .errors import InputError
+from .shapes import Array, Batch, Metrics, Tree, Variables
+
+State = TypeVar("State")
+Constants = TypeVar("Constants")
+Sums = TypeVar("Sums")
+Devices: TypeAlias = Sequence[jax.Device]
+
+
+@runtime_checkable
+class MappedStep(Protocol):
+    """A training step over all devices; its state and metrics are those of the mapped step."""
+
+    def __call__(self, state: State, batch: Batch, constants: Any, /) -> tuple[State, Metrics]:  # noqa: ANN401 - a tree.
+        """Take a step."""
+
+    def lower(self, state: State, batch: Any, constants: Any, /) -> jax.stages.Lowered:  # noqa: ANN401 - trees.
+        """Lower the step for arguments of these shapes."""
+
 
 logger = logging.getLogger(__name__)
 
 # Images of 224 x 224 that a device trains on at a time: activations take some 30 MB each.
 CPU_ROWS, ACCELERATOR_ROWS = 64, 256
-START_SECONDS = 300  # For which processes wait for each other at the start.
-SILENT_SECONDS = 30  # After which a process that has stopped answering counts as lost.
+START_SECONDS = 300  # How long processes wait for each other at the start.
+SILENT_SECONDS = 30  # How long a process may be silent before it counts as lost.
 ADVICE = (
-    "if another process of this run has ended, its output says why; start the same command again on all hosts to go on "
-    "from the last checkpoint"
+    "if another process of this run has ended, its output says why; start the same command again on all hosts to "
+    "continue from the last checkpoint"
 )
 
 
 @contextlib.contextmanager
-def joined(coordinator_address=None, num_processes=None, process_id=None, *, on_joined=lambda process, processes: None):
-    """In the block, the processes of a run on several hosts compute together; a run of one process is left as it is.
+def joined(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    on_joined: Callable[[int, int], None] = lambda *_: None,
+) -> Iterator[None]:
+    """Connect the processes of a run on several hosts, within the block; do nothing in a run of one process.
 
-    On TPU pods, in a step of several Slurm tasks and in indexed jobs of Kubernetes they find out by themselves what is
-    not given.
+    On TPU pods, in a step of several Slurm tasks and in indexed jobs of Kubernetes, processes detect what is not given.
 
     Args:
-      coordinator_address: HOST:PORT at which process 0 can be reached.
-      num_processes: how many there are.
-      process_id: which of them this one is, from 0 on.
-      on_joined: called with this process's number and the number of processes once they have found each other.
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      on_joined: called with this process's number and the number of processes once they are connected.
+
     Raises:
-      InputError: only some of the three are given, or the others are not found.
+      InputError: only some of the three are given, or the processes do not find each other.
     """
     given = (coordinator_address, num_processes, process_id)
-    if None not in given:
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
         if not 0 <= process_id < num_processes or ":" not in coordinator_address:
             raise InputError(
                 f"process {process_id} of {num_processes} at {coordinator_address} is impossible: `process_id` counts "
@@ -73,11 +100,11 @@ def joined(coordinator_address=None, num_processes=None, process_id=None, *, on_
             yield
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"process {jax.process_index()} cannot go on: {reason}; {ADVICE}") from error
+            raise InputError(f"process {jax.process_index()} cannot continue: {reason}; {ADVICE}") from error
 
 
 def require_platform() -> None:
-    """Raise InputError where JAX has no device of the platforms that it is set to use."""
+    """Raise InputError if JAX has no device of the platforms in its settings."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # The last for a platform whose plug-in is not installed.
@@ -87,20 +114,20 @@ def require_platform() -> None:
         raise InputError(f"JAX cannot compute on {named or 'this machine'}: {reason}; {advice}") from error
 
 
-def _among_others():
-    """Whether the surroundings tell that there may be other processes."""
+def _among_others() -> bool:
+    """Return whether the environment suggests that there are other processes."""
     if "SLURM_STEP_NODELIST" in os.environ:
         return os.environ.get("SLURM_NTASKS", "1") != "1"
     return "JOB_COMPLETION_INDEX" in os.environ or _on_a_tpu()
 
 
-def _on_a_tpu():
+def _on_a_tpu() -> bool:
     return find_spec("libtpu") is not None and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
 
 
-def _meet(address, processes, process):
+def _meet(address: str | None, processes: int | None, process: int | None) -> None:
     given = {"coordinator_address": address, "num_processes": processes, "process_id": process}
-    where = {name: value for name, value in given.items() if value is not None}
+    where: dict[str, object] = {name: value for name, value in given.items() if value is not None}
     if len(where) == len(given):
         where["cluster_detection_method"] = "deactivate"
     try:
@@ -117,12 +144,13 @@ def _meet(address, processes, process):
 
 
 @contextlib.contextmanager
-def _spoken_for(process):
-    """Tells in the end what happened if this process ends within the block: JAX aborts it when another one is lost."""
-    told = f"error: process {process} was killed, or ended because another one did; {ADVICE}"
+def _spoken_for(process: int | str) -> Iterator[None]:
+    """Print what happened if this process ends within the block: JAX aborts it when another one is lost."""
+    message = f"error: process {process} was killed, or ended because another one did; {ADVICE}"
     # A scheduler may send SIGTERM to all processes, this one too.
-    words = ["sh", "-c", 'trap "" TERM; read -r word || echo "$0" >&2', told]
+    words = ["sh", "-c", 'trap "" TERM; read -r word || echo "$0" >&2', message]
     with subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True) as witness:
+        assert witness.stdin is not None  # It is a pipe.
         try:
             yield
         finally:
@@ -130,29 +158,42 @@ def _spoken_for(process):
                 witness.stdin.write(b"ended\n")
 
 
-def is_first():
-    """Whether this process is the one that writes what a run leaves."""
+def is_first() -> bool:
+    """Return whether this is the process that writes a run's files."""
     return jax.process_index() == 0
 
 
-def own_slice():
-    """Which slice of each batch this process reads: `host` and `hosts` of `train_batches` and `eval_batches`."""
+def own_slice() -> dict[str, int]:
+    """Return the arguments `host` and `hosts` with which this process reads its slice of each batch."""
     return {"host": jax.process_index(), "hosts": jax.process_count()}
 
 
-def shared_equally(rows):
-    """The number of rows nearest below, but no less than one for each, that all processes can share."""
+def shared_equally(rows: int) -> int:
+    """Round a number of rows down to one that all processes can share, but to at least one for each.
+
+    Args:
+      rows: wanted number.
+    """
     return max(1, rows // jax.process_count()) * jax.process_count()
 
 
-def wait_for_all(what):
-    """Returns once every process has come here."""
+def wait_for_all(what: str) -> None:
+    """Wait until every process has called this.
+
+    Args:
+      what: name of the place in the program, the same in all processes.
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
-def require_same(what, value):
-    """Raises InputError in every process unless all have the same value, told by its repr."""
+def require_same(what: str, value: object) -> None:
+    """Raise InputError in every process unless all have the same value.
+
+    Args:
+      what: name of the value, for the message.
+      value: compared by its repr.
+    """
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
@@ -162,26 +203,38 @@ def require_same(what, value):
         raise InputError(f"processes differ in their {what}: 0 from {', '.join(differing)}; each must have the same")
 
 
-def all_stop(step, wanted):
-    """Whether all processes stop after this step, because one of them was asked to: by `wanted`, or by SIGTERM.
+def all_stop(step: int, wanted: bool) -> bool:
+    """Return whether all processes stop after this step, because one of them received a signal.
 
-    JAX's own handler of SIGTERM makes the processes agree on the step.
+    JAX's own handler of SIGTERM makes several processes agree on the step.
+
+    Args:
+      step: number of the step.
+      wanted: whether this process received a signal; only a run of one process uses it.
     """
     return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else wanted
 
 
-def gather(rows):
-    """The rows (N, ...) of all processes, one process after another; each gives as many."""
+def gather(rows: np.ndarray) -> np.ndarray:
+    """Concatenate the rows of all processes.
+
+    Args:
+      rows: (N, ...), with the same N in each process.
+    """
     return multihost_utils.process_allgather(rows, tiled=True) if jax.process_count() > 1 else rows
 
 
-def all_devices():
-    """Those of all processes, in the order of the rows of a batch: what a process feeds lies together."""
+def all_devices() -> list[jax.Device]:
+    """Return the devices of all processes in the order of a batch's rows; those of a process are contiguous."""
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
 
 
-def to_host(tree):
-    """Copies of arrays that devices hold in full, as Orbax takes them: one for all processes together."""
+def to_host(tree: Tree) -> Tree:
+    """Copy arrays that each device holds in full to the host, in the form that Orbax takes from several processes.
+
+    Args:
+      tree: of arrays.
+    """
     copies = jax.device_get(tree)
     if jax.process_count() == 1:
         return copies
@@ -189,46 +242,80 @@ def to_host(tree):
     return jax.tree.map(lambda array: jax.make_array_from_callback(array.shape, everywhere, lambda _: array), copies)
 
 
-def replicate(tree, devices=None):
-    """A tree of arrays with one copy on each device, ready for the steps below."""
+def replicate(tree: Tree, devices: Devices | None = None) -> Tree:
+    """Copy a tree of arrays to each device, ready for the steps below.
+
+    Args:
+      tree: of arrays.
+      devices: where to; None means those of this process.
+    """
     mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def map_train_step(step, devices=None):
-    """`step(state, batch, constants) -> (state, metrics)` of one device, as one call on a batch from `feed`.
+def map_train_step(
+    step: Callable[[State, Batch, Constants], tuple[State, Metrics]], devices: Devices | None = None
+) -> MappedStep:
+    """Turn the training step of one device into one call on a batch from `feed`.
 
     The step itself averages over AXIS. It donates the state: only the one returned is valid afterwards. The constants
     stay valid.
+
+    Args:
+      step: `(state, batch, constants) -> (state, metrics)`.
+      devices: on which it runs; None means all.
     """
     devices = devices or all_devices()
     return jax.pmap(step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=devices, donate_argnums=0)
 
 
-def plan_for_devices(config, devices=None):
-    """The BatchPlan of a TrainConfig's batches on the devices. Raises InputError if they cannot share them."""
+def plan_for_devices(config: TrainConfig, devices: Devices | None = None) -> BatchPlan:
+    """Return the BatchPlan of a run's batches on devices.
+
+    Args:
+      config: the run's settings.
+      devices: None means all.
+
+    Raises:
+      InputError: the devices cannot share the batches.
+    """
     count = len(devices or jax.devices())
     most = rows_that_fit(config.train_preprocess.size, devices[0].platform if devices else None)
     return plan_batch(config.batch_size, config.bn_group_size, count, parts=config.accumulate, most=most)
 
 
-def rows_that_fit(size, platform=None):
-    """How many images of a size, height and width in pixels, a device should train on at a time; by default one that
-    JAX uses here.
+def rows_that_fit(size: tuple[int, int], platform: str | None = None) -> int:
+    """Return how many images a device should train on at a time.
+
+    Args:
+      size: height and width of the images, in pixels.
+      platform: of the device; None means JAX's default here.
     """
     rows = CPU_ROWS if (platform or jax.default_backend()) == "cpu" else ACCELERATOR_ROWS
     return max(1, int(rows * (224 / size[0]) * (224 / size[1])))
 
 
-def feed(batches, plan, devices=None, *, ahead=2):
-    """Batches of a process, {name: (B, ...)}, as {name: (devices, parts, rows, ...)} on its devices, ahead of use."""
-    devices = devices or jax.local_devices()
-    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+def feed(
+    batches: Iterable[Mapping[str, np.ndarray]], plan: BatchPlan, devices: Devices | None = None, *, ahead: int = 2
+) -> Iterator[Batch]:
+    """Yield a process's batches on its devices, ahead of use.
 
-    def dealt(column):
-        return column.reshape(plan.parts, len(devices), plan.device_batch, *column.shape[1:]).swapaxes(0, 1)
+    Args:
+      batches: {name: (B, ...)} each.
+      plan: how devices and parts divide them.
+      devices: those of this process.
+      ahead: number of batches that wait on the devices.
 
-    waiting = deque()
+    Yields:
+      {name: (devices, parts, rows, ...)} each.
+    """
+    chosen = devices or jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(chosen), (AXIS,)), PartitionSpec(AXIS))
+
+    def dealt(column: np.ndarray) -> np.ndarray:
+        return column.reshape(plan.parts, len(chosen), plan.device_batch, *column.shape[1:]).swapaxes(0, 1)
+
+    waiting: deque[Batch] = deque()
     for batch in batches:
         waiting.append(jax.device_put({key: dealt(column) for key, column in batch.items()}, sharding))
         if len(waiting) > ahead:
@@ -236,21 +323,28 @@ def feed(batches, plan, devices=None, *, ahead=2):
     yield from waiting
 
 
-def map_eval_step(step, devices=None):
-    """`step(variables, batch) -> (sums, rows)` of one device, as one call on a whole batch of any size.
+def map_eval_step(
+    step: Callable[[Variables, Batch], tuple[Sums, Array]], devices: Devices | None = None
+) -> Callable[[Variables, Mapping[str, np.ndarray]], tuple[Sums, Array]]:
+    """Turn the evaluation step of one device into one call on a whole batch of any size.
 
-    Each process gives its slice of the batch. Sums are added over all devices; of a process's own rows come back
-    (devices, ceil(B / devices), ...), those of the padding last.
+    Args:
+      step: `(variables, batch) -> (sums, rows)`.
+      devices: on which it runs; None means all.
+
+    Returns:
+      A function of variables and this process's slice of a batch. It returns the sums over all devices, and the rows
+      of this process, (devices, ceil(B / devices), ...), with those of padding last.
     """
     count = len(devices or jax.local_devices())
 
-    def summed(variables, batch):
+    def summed(variables: Variables, batch: Batch) -> tuple[Sums, Array]:
         sums, rows = step(variables, batch)
         return jax.lax.psum(sums, AXIS), rows
 
     mapped = jax.pmap(summed, AXIS, in_axes=(None, 0), out_axes=(None, 0), devices=devices or all_devices())
 
-    def on_all_devices(variables, batch):
+    def on_all_devices(variables: Variables, batch: Mapping[str, np.ndarray]) -> tuple[Sums, Array]:
         missing = -len(batch["labels"]) % count
         padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
         return mapped(variables, _split(padded, count))
@@ -258,6 +352,6 @@ def map_eval_step(step, devices=None):
     return on_all_devices
 
 
-def _split(batch, count):
-    """(B, ...) arrays as (devices, B / devices, ...)."""
+def _split(batch: Mapping[str, np.ndarray], count: int) -> Batch:
+    """Reshape arrays (B, ...) to (devices, B / devices, ...)."""
     return {key: value.reshape(count, -1, *value.shape[1:]) for key, value in batch.items()}

@@ -1,20 +1,33 @@
-"""Pictures of images as a network sees them, and of which classes it confuses."""
+"""Plots of images as a network sees them, of their predictions, and of confused classes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .files import printable, written_aside
 
+# An image, its classes and its class-activation map; images have different sizes.
+Prediction = tuple[UInt8[np.ndarray, "_ _ _"], dict[str, Any], Float[np.ndarray, "_ _"] | None]
+
 MOST_BARS = 8  # Beside an image.
-MOST_NAMED = 40  # Classes whose names and counts a picture of all of them can show.
+MOST_NAMED = 40  # Classes whose names and counts fit into a confusion matrix.
 
 
-def plot_batch(batch, titles, target):
-    """Draws the images of a training batch, as the network sees them but for normalisation, into a PNG file."""
+def plot_batch(batch: Mapping[str, np.ndarray], titles: Sequence[str], target: str | Path) -> None:
+    """Draw the images of a training batch, as the network sees them except for normalization, into a PNG file.
+
+    Args:
+      batch: {"images": uint8 (B, H, W, C)} and, if they apply, "flip" and "erase" as in
+        `data.augmentation.training_row`.
+      titles: for each image.
+      target: path of the file.
+    """
     columns = 8
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(1.6 * columns, 1.8 * rows), dpi=110, layout="constrained")
@@ -33,12 +46,12 @@ def plot_batch(batch, titles, target):
         figure.savefig(draft, format="png")
 
 
-def plot_predictions(predictions, target):
-    """Draws images with the classes seen in them, most likely first, into a PNG file.
+def plot_predictions(predictions: Sequence[Prediction], target: str | Path) -> None:
+    """Draw images with their predicted classes, most likely first, into a PNG file.
 
     Args:
       predictions: [(uint8 (H, W, C), {"image": name, "topk": [{"class", "score"}]}, class-activation map or None)].
-      target: the file.
+      target: path of the file.
     """
     columns = min(3, len(predictions))
     rows = -(-len(predictions) // columns)
@@ -64,13 +77,13 @@ def plot_predictions(predictions, target):
     _save(figure, target)
 
 
-def plot_confusion(matrix: np.ndarray, names: Sequence[str], target: Path) -> None:
-    """Draw a confusion matrix into a PNG file: colors by the share of the row, numbers where they can be read.
+def plot_confusion(matrix: Int[np.ndarray, "classes classes"], names: Sequence[str], target: str | Path) -> None:
+    """Draw a confusion matrix into a PNG file: colors by the share of the row, and numbers if they are readable.
 
     Args:
       matrix: int (num_classes, num_classes), labels in rows.
       names: of the classes.
-      target: the file.
+      target: path of the file.
     """
     count = len(names)
     side = min(2.5 + 0.42 * count, 14)
@@ -89,15 +102,15 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], target: Path) -> No
     _save(figure, target)
 
 
-def _save(figure: Figure, target: Path) -> None:
-    """Write a PNG file. Names may be in any script; boxes stand for letters that the font lacks."""
+def _save(figure: Figure, target: str | Path) -> None:
+    """Write a PNG file. Names may be in any script; boxes replace letters that the font lacks."""
     with written_aside(target) as draft, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(draft, format="png")
 
 
-def _bars(axes, best):
-    """A bar for each class, its name above it."""
+def _bars(axes: Axes, best: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a bar for each class, with its name above it."""
     for place, entry in enumerate(best):
         axes.barh(place, 1, height=0.3, color="0.93")
         axes.barh(place, entry["score"], height=0.3, color="tab:blue")

@@ -1,4 +1,4 @@
-"""The published weights by name: what they are, where they come from, and how their files get here."""
+"""The published weights by name: their figures, their sources, and the download of their files."""
 
 import hashlib
 import http.client
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import progress
+from .architecture import Layout
 from .errors import InputError
 from .files import cache_dir, hash_of, locked, written_aside
 
@@ -26,24 +27,36 @@ PYTORCH = "https://download.pytorch.org/models/"
 
 
 class Published(NamedTuple):
-    """A file of weights trained on ImageNet-1k."""
+    """A file of weights trained on ImageNet-1k.
+
+    Attributes:
+      width: of the network.
+      layout: of the network.
+      top1: percent on the validation images, as published.
+      top5: percent on the validation images, as published.
+      file: its name.
+      sha256: first digits of the file's hash.
+      place: URL of its folder; None means the authors' cloud drive, from which programs cannot download.
+      source: the project that published it.
+      licence: of the weights.
+    """
 
     width: float
-    layout: str
-    top1: float  # Percent on the validation images, as published.
+    layout: Layout
+    top1: float
     top5: float
     file: str
-    sha256: str  # How the file's hash begins.
-    place: str | None  # URL of the folder that holds it; None: the authors' cloud drive, whose files cannot be fetched.
+    sha256: str
+    place: str | None
     source: str
     licence: str
 
 
-def _torchvision(width, top1, top5, file, sha256):
+def _torchvision(width: float, top1: float, top5: float, file: str, sha256: str) -> Published:
     return Published(width, "torchvision", top1, top5, file, sha256, PYTORCH, "torchvision", "BSD-3-Clause")
 
 
-def _megvii(width, top1, top5):
+def _megvii(width: float, top1: float, top5: float) -> Published:
     return Published(width, "megvii", top1, top5, f"ShuffleNetV2.{width}x.pth.tar", "", None, "Megvii", "MIT")
 
 
@@ -71,19 +84,30 @@ PUBLISHED = {
 
 
 def list_models() -> dict[str, Published]:
-    """{name: Published}, with the figures that their authors publish."""
+    """Return {name: Published}, with the figures that their authors publish."""
     return dict(PUBLISHED)
 
 
-def find(name):
-    """The Published of a name. Raises InputError where there is none."""
+def find(name: str) -> Published:
+    """Return the published weights of a name.
+
+    Args:
+      name: a key of PUBLISHED.
+
+    Raises:
+      InputError: there are none.
+    """
     if name not in PUBLISHED:
         raise InputError(f"no published model is called {name!r}; there are {', '.join(PUBLISHED)}")
     return PUBLISHED[name]
 
 
 def is_at_hand(name: str) -> bool:
-    """Whether a published file lies in the cache already."""
+    """Return whether a published file is in the cache.
+
+    Args:
+      name: a key of PUBLISHED.
+    """
     return _place_of(name).exists()
 
 
@@ -94,13 +118,14 @@ def _place_of(name: str, folder: Path | None = None) -> Path:
 def file_of(name: str, folder: Path | None = None) -> Path:
     """Return the path of a published file, downloaded on first use.
 
-    SHUFFLENET_JAX_MIRROR chooses a folder's URL from which all files come instead.
+    SHUFFLENET_JAX_MIRROR names a URL of a folder from which all files come instead.
 
     Args:
-      name: the model's.
+      name: a key of PUBLISHED.
       folder: where to keep the file; by default the cache, which SHUFFLENET_JAX_CACHE chooses.
+
     Raises:
-      InputError: it cannot be fetched, or another file came; nothing is left behind.
+      InputError: the download fails, or returns another file; then no file is left.
     """
     published = find(name)
     target = _place_of(name, folder)
@@ -117,11 +142,12 @@ def downloaded(file: str, place: str | None, sha256: str, folder: Path | None = 
 
     Args:
       file: its name.
-      place: URL of the folder that holds it, unless SHUFFLENET_JAX_MIRROR names another.
-      sha256: how its hash begins.
+      place: URL of its folder, unless SHUFFLENET_JAX_MIRROR names another.
+      sha256: first digits of its hash.
       folder: where to keep it; by default the cache.
+
     Raises:
-      InputError: it cannot be fetched, or another file came; nothing is left behind.
+      InputError: the download fails, or returns another file; then no file is left.
     """
     target = (folder or cache_dir() / "downloads") / file
     if target.exists():  # Perhaps put there by hand.
@@ -135,7 +161,7 @@ def downloaded(file: str, place: str | None, sha256: str, folder: Path | None = 
     return target
 
 
-def _download(url, target, sha256):
+def _download(url: str, target: Path, sha256: str) -> None:
     elsewhere = f"download it elsewhere and put it at {target}, or name a mirror in {MIRROR}"
     logger.info("downloading %s", url)
     try:
@@ -148,23 +174,25 @@ def _download(url, target, sha256):
         draft.write_bytes(content)
 
 
-def fetch(url, *, seconds, description=None):
-    """The bytes at an address, at most LARGEST_DOWNLOAD of them.
+def fetch(url: str, *, seconds: float, description: str | None = None) -> bytes:
+    """Return the bytes at an address, at most LARGEST_DOWNLOAD of them.
 
     Args:
       url: the address.
-      seconds: a server that is silent for so long is given up.
-      description: what a progress bar calls it; None shows none.
+      seconds: longest time without an answer.
+      description: for a progress bar; None shows none.
+
     Raises:
-      one of UNREACHED: it cannot be had, is too large, or is cut off.
+      OSError, ValueError, HTTPException: the download fails, is too large, or is cut off.
     """
     # Some servers refuse urllib's own name.
     request = urllib.request.Request(url, headers={"User-Agent": "shufflenet-jax"})
     content = bytearray()
     with urllib.request.urlopen(request, timeout=seconds) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
-        shown = {"total": size or None, "unit": "B", "scaled": True}
-        bar = progress.bar(**shown, description=description) if description else progress.SilentBar()
+        bar: progress.Bar = progress.SilentBar()
+        if description:
+            bar = progress.bar(total=size or None, unit="B", scaled=True, description=description)
         with bar:
             while max(size, len(content)) <= LARGEST_DOWNLOAD and (part := answer.read(CHUNK)):
                 content += part
@@ -176,8 +204,12 @@ def fetch(url, *, seconds, description=None):
     return bytes(content)
 
 
-def reason_of(error):
-    """Why urllib could not fetch something, in words. The connection to a server that refused is closed."""
+def reason_of(error: Exception) -> str:
+    """Describe why urllib could not fetch something, and close the connection to a server that refused.
+
+    Args:
+      error: one of UNREACHED.
+    """
     if isinstance(error, urllib.error.HTTPError):
         error.close()
         return str(error)

@@ -4,9 +4,9 @@ from .config import TrainConfig
 from .published import CARD
 
 PRESETS = {
-    # MMPretrain's shufflenet-v2-1x_16xb64_in1k, which made 69.55 / 88.92: 16 GPUs with 64 images each.
+    # MMPretrain's shufflenet-v2-1x_16xb64_in1k, which reached 69.55 / 88.92: 16 GPUs with 64 images each.
     "in1k": TrainConfig(data="tfds:imagenet2012", warmup_steps=5000),
-    # The authors' own; on how many GPUs is not told.
+    # The authors' own; they do not state the number of GPUs.
     "in1k_megvii": TrainConfig(
         data="tfds:imagenet2012",
         layout="megvii",
@@ -41,11 +41,11 @@ PRESETS = {
         label_smoothing=0.1,
         mixup=0.2,
         cutmix=1.0,
-        # Asked for as 0.99998, which their script takes as that of batches of 1, in as many epochs as are to come.
+        # They ask for 0.99998, which their script converts from batches of 1 to this batch and number of epochs.
         ema_decay=1 - (1 - 0.99998) * 1024 * 32 / 600,
         ema_every=32,
     ),
-    # chenyaofo's pytorch-cifar-models: one GPU. Their rate moved once an epoch, which 200 of them do not tell apart.
+    # chenyaofo's pytorch-cifar-models: one GPU. Their rate changes once per epoch, which makes no difference over 200.
     "cifar10": TrainConfig(
         data="tfds:cifar10",
         small_stem=True,
@@ -64,7 +64,7 @@ PRESETS = {
         weight_decay=5e-4,
         decay="all",
     ),
-    # Published weights to the classes of one's own images. What is 0 or None here, `training.rule` chooses.
+    # Adapts published weights to the user's own classes. `training.rule` chooses what is 0 or None here.
     "finetune": TrainConfig(
         data="",
         width=None,
@@ -86,7 +86,7 @@ PRESETS = {
         label_smoothing=0.1,
         eval_every=2,
     ),
-    # The 8x8 digits inside scikit-learn, enlarged: shows in minutes on a laptop that all parts work together.
+    # The 8x8 digits inside scikit-learn, enlarged: a check of all parts together that takes minutes on a laptop.
     "digits": TrainConfig(
         data="digits",
         width=0.5,

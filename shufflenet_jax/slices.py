@@ -1,20 +1,21 @@
-"""Accelerators that are not here, as a compiler knows them: TPU slices by libtpu, GPUs by JAX's CUDA plugin."""
+"""Descriptions of accelerators that are not here, for a compiler: TPU slices by libtpu, GPUs by JAX's CUDA plugin."""
 
 import os
 import re
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.experimental import topologies
 
 from .errors import InputError
 
+Topology: TypeAlias = topologies.TopologyDescription
 GIB = 2**30
 H100_BYTES = 84_929_347_584
-# What CUDA reports of an H100 SXM, which XLA compiles for; a field is as XLA's GpuTargetConfigProto names it.
+# CUDA's report about an H100 SXM, for which XLA compiles; the fields are those of XLA's GpuTargetConfigProto.
 H100 = f"""
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
@@ -36,7 +37,7 @@ class Slice(NamedTuple):
       name: like "v5e:16x16".
       devices: all of them, for JAX to compile for; none of them can compute.
       memory: bytes of each.
-      compiler_options: what XLA needs to compile without them.
+      compiler_options: XLA's options for compiling without these devices.
     """
 
     name: str
@@ -46,10 +47,16 @@ class Slice(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """A kind of accelerator."""
+    """A kind of accelerator.
 
-    sides: int  # Numbers in a slice's name.
-    memory: int  # Bytes of a device.
+    Attributes:
+      sides: how many numbers a slice's name has.
+      memory: bytes of a device.
+      example: a slice's name.
+    """
+
+    sides: int
+    memory: int
     example: str
 
 
@@ -62,7 +69,10 @@ KINDS = {
 
 
 def find_slice(name: str) -> Slice:
-    """Return the Slice of a name like "v5e:16x16" or, for four hosts of eight GPUs, "h100:4x8".
+    """Return the Slice of a name.
+
+    Args:
+      name: like "v5e:16x16" or, for four hosts of eight GPUs, "h100:4x8".
 
     Raises:
       InputError: no slice has this name, or the package that compiles for it is not installed.
@@ -70,16 +80,16 @@ def find_slice(name: str) -> Slice:
     kind, _, sides = name.partition(":")
     numbers = re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", sides)
     if kind not in KINDS or not numbers or sides.count("x") + 1 != KINDS[kind].sides:
-        examples = ", ".join(known.example for known in KINDS.values())
-        raise InputError(f"{name!r} names no slice of accelerators; names are like {examples}")
+        examples = ", ".join(kind.example for kind in KINDS.values())
+        raise InputError(f"{name!r} is not the name of a slice of accelerators; names are like {examples}")
     find = _find_gpus if kind == "h100" else _find_tpus
-    devices = tuple(_found(name, find, sides).devices)
-    # Autotuning runs kernels, and there is nothing to run them on.
+    devices = tuple(_describe(name, find, sides).devices)
+    # Autotuning runs kernels, for which there is no device.
     options = {"xla_gpu_autotune_level": 0} if kind == "h100" else {}
     return Slice(name, devices, KINDS[kind].memory, options)
 
 
-def _found(name: str, find: Callable[[str, str], Any], sides: str) -> Any:
+def _describe(name: str, find: Callable[[str, str], Topology], sides: str) -> Topology:
     try:
         return find(name, sides)
     except jax.errors.JaxRuntimeError as error:
@@ -87,15 +97,15 @@ def _found(name: str, find: Callable[[str, str], Any], sides: str) -> Any:
         raise InputError(f"nothing compiles for {name}: {reason}; choose another slice") from error
 
 
-def _find_tpus(name: str, _: str) -> Any:
+def _find_tpus(name: str, _: str) -> Topology:
     if find_spec("libtpu") is None:
         raise _missing(name, "libtpu", "tpu")
-    # libtpu belongs to one process at a time, as the chips do; several may compile.
+    # libtpu allows one process at a time, since the chips do; but several may compile.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
-def _find_gpus(name: str, sides: str) -> Any:
+def _find_gpus(name: str, sides: str) -> Topology:
     plugins = find_spec("jax_plugins")
     if plugins is None or not any(find_spec(f"jax_plugins.xla_cuda{number}") for number in (12, 13)):
         raise _missing(name, "JAX's CUDA plugin", "cuda13")
@@ -106,5 +116,5 @@ def _find_gpus(name: str, sides: str) -> Any:
 def _missing(name: str, package: str, extra: str) -> InputError:
     return InputError(
         f"compiling for {name} needs {package}, which is not installed; pip install 'jax[{extra}]=={version('jax')}', "
-        "best in an environment of its own"
+        "best in a separate environment"
     )

@@ -26,8 +26,7 @@ import pytest
 from PIL import Image
 
 # Modules imported from here on check the types and shapes of arguments and results. As in PEP 484, an int is a float.
-CHECKED = ("shufflenet_jax.data", "shufflenet_jax.porting", "shufflenet_jax.preparation")
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.install_import_hook("shufflenet_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 # Grain sends functions to worker processes. jaxtyping keeps a weak reference in each, which pickle does not support.
 copyreg.pickle(weakref.ReferenceType, lambda reference: (weakref.ref, (reference(),)))
 

@@ -322,7 +322,7 @@ def test_a_published_model_has_its_hash_in_its_name_and_gives_the_same(model, te
     card = (path / "README.md").read_text()
     for fact in (f"# {path.name}\n", "0.5x, torchvision", "| 10 |", "352,042", "CC-BY-4.0", "91.5 %", "99.0 %", digest):
         assert fact in card, fact
-    assert "ten kinds of noise" in card and "made from | net.pth" in card and f'get_model("{path.name}")' in card
+    assert "ten kinds of noise" in card and "source | net.pth" in card and f'get_model("{path.name}")' in card
     assert "exists already" in refused(publish.main, *argv)
     assert sorted(os.listdir(path)) == ["README.md", "config.json", "model.safetensors"]
 

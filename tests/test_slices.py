@@ -105,13 +105,13 @@ def test_what_xla_compiles_here_is_counted():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("v9:2x2", "'v9:2x2' names no slice of accelerators; names are like v5e:16x16, "),
-        ("v5e", "names no slice"),
-        ("v5e:2", "names no slice"),
-        ("v5p:2x2", "names no slice"),
-        ("v5e:0x2", "names no slice"),
-        ("h100:8", "names no slice"),
-        ("h100:1x8x", "names no slice"),
+        ("v9:2x2", "'v9:2x2' is not the name of a slice of accelerators; names are like v5e:16x16, "),
+        ("v5e", "is not the name of a slice"),
+        ("v5e:2", "is not the name of a slice"),
+        ("v5p:2x2", "is not the name of a slice"),
+        ("v5e:0x2", "is not the name of a slice"),
+        ("h100:8", "is not the name of a slice"),
+        ("h100:1x8x", "is not the name of a slice"),
     ],
 )
 def test_slices_that_do_not_exist_are_refused(refused, name, told):
@@ -174,12 +174,12 @@ def test_a_batch_that_the_slice_does_not_divide_is_refused():
 
 
 def test_a_step_with_a_teacher_is_refused():
-    with pytest.raises(InputError, match="leave `teacher` out"):
+    with pytest.raises(InputError, match="omit `teacher`"):
         compile_ahead(dataclasses.replace(DIGITS, teacher="net.pth"), slice_of(2))
 
 
 def test_a_linear_probe_is_refused():
-    with pytest.raises(InputError, match="leave `linear_probe` out"):
+    with pytest.raises(InputError, match="omit `linear_probe`"):
         compile_ahead(dataclasses.replace(DIGITS, linear_probe=True, init_from="net.pth"), slice_of(2))
 
 

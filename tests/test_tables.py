@@ -242,7 +242,7 @@ def test_a_command_line_gives_a_table_instead_of_a_width(refused):
     }
     for words, reason in cases.items():
         assert reason in refused(train.main, "--config", "digits", *words), words
-    assert "leave one of both out" in refused(info.main, *own, "--width", "1.0")
+    assert "omit one of them" in refused(info.main, *own, "--width", "1.0")
 
 
 def test_a_workdir_of_older_code_has_its_table_by_width_and_its_repeats_under_their_earlier_name():
@@ -306,7 +306,7 @@ def test_a_training_begins_with_what_fits_of_another_table_and_says_what_does_no
 def test_a_training_refuses_a_table_of_which_nothing_fits_and_to_freeze_what_does_not(stored):
     with pytest.raises(InputError, match="whose stage4 do not fit"):
         begin(stored, Table((4, 6, 10, 16, 9), (2, 1, 1)), freeze="conv1,stage4")
-    with pytest.raises(InputError, match="leave `init_from` out"):
+    with pytest.raises(InputError, match="omit `init_from`"):
         begin(stored, Table((5, 8, 12, 16, 8), (1, 1, 1)))
 
 
@@ -340,7 +340,7 @@ def test_info_shows_any_table_and_compares_several(call, refused, monkeypatch):
     assert lines[2].split()[:2] == ["4,6,10,14,9/1,2,1", f"{first['parameters']:,}"]
 
     cases = {
-        ("--compare", "0.7"): "'0.7' is no width",
+        ("--compare", "0.7"): "'0.7' is neither a width",
         ("--compare", "4,6"): "channels has 2 numbers",
         ("--compare", "--width", "1.0"): "leave out --width",
         ("--compare", "24,49,96,192,192"): "stage2 has 49 channels, an odd number",

@@ -202,7 +202,7 @@ def test_a_training_begins_with_a_checkpoints_weights_and_a_new_classifier(train
 
     cases = {
         ("--layout", "megvii", "--init-from", trained): "has layout torchvision",
-        ("--width", 1.0, "--init-from", trained, "--freeze", "backbone"): "cannot stay as they are",
+        ("--width", 1.0, "--init-from", trained, "--freeze", "backbone"): "cannot be frozen",
         ("--init-from", tmp_path / "none"): "no model at",
         ("--freeze", "stage1,fc"): "freeze names",
         ("--in-chans", 4): "images have 1 (grey) or 3 channels",

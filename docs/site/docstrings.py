@@ -1,7 +1,6 @@
 """The project's docstrings and comments as Griffe reads them, for the API reference."""
 
 import re
-from typing import Any
 
 import griffe
 
@@ -11,13 +10,13 @@ SECTION = re.compile(r"(?<=\S)\n(?=(?:Args|Attributes|Raises|Returns|Yields):\n)
 class Docstrings(griffe.Extension):
     """Separate the sections of docstrings, and let comments describe the fields of dataclasses."""
 
-    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+    def on_instance(self, *, obj: griffe.Object, **kwargs: object) -> None:
         """Put a blank line before each section, which Griffe asks for; it calls this for every object that it reads."""
         del kwargs
         if obj.docstring:
             obj.docstring.value = SECTION.sub("\n\n", obj.docstring.value)
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: object) -> None:
         """Give a field the comment that stands at it; Griffe calls this for every attribute that it reads."""
         del kwargs
         if attr.docstring or not attr.lineno or not attr.endlineno or not isinstance(attr.parent, griffe.Class):

@@ -1,1 +1,1 @@
-"""The commands: arguments first, then the story in calls. The scripts at the top level run these."""
+"""The commands: each parses its arguments and calls the library. The scripts at the top level run them."""

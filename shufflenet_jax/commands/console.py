@@ -1,4 +1,4 @@
-"""What commands show in the terminal: messages, progress bars and errors."""
+"""The terminal of the commands: messages, progress bars and errors."""
 
 import contextlib
 import io
@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -19,25 +20,32 @@ from ..installation import missing_package
 from .parsing import with_flags
 
 _debug = False
-_process, _processes = 0, 1  # Which of a run's processes this is, and how many there are.
+_process, _processes = 0, 1  # The number of this process in the run, and the number of processes.
 _library = logging.getLogger("shufflenet_jax")
 
 
-def run(command, argv=None):
-    """Run `command(argv)` as a process: its result is the exit status; invalid input is one line and status 2.
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command as a process: its result is the exit status; invalid input is one line and status 2.
 
     With --debug anywhere on the command line errors keep their traceback.
+
+    Args:
+      command: the command's `main`.
+      argv: its arguments; None means those of the process.
+
+    Returns:
+      The exit status.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     global _debug
     debug = _debug = "--debug" in argv
-    # Orbax and Grain report at length what they do, and log with a traceback each error that they raise anyway.
+    # Orbax and Grain log much, and log each error with a traceback before they raise it.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
-    for stream in (sys.stdout, sys.stderr):  # Names of files may hold bytes that are no text.
+    for stream in (sys.stdout, sys.stderr):  # Names of files may hold bytes that are not text.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Pillow warns of odd EXIF blocks and palettes in images that decode all the same.
+    # Pillow warns of odd EXIF blocks and palettes in images that it decodes without loss.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     with _messages_shown():
         try:
@@ -48,14 +56,14 @@ def run(command, argv=None):
             return status
         except KeyboardInterrupt:
             status = 130
-        except BrokenPipeError:  # The reader of what is printed has gone; what is left of it goes nowhere.
+        except BrokenPipeError:  # The reader of stdout has gone; discard the rest.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 141
         except Exception as failure:
             error = true_cause(failure)
             try:
                 sys.stdout.flush()
-            except OSError:  # It lies on the disk that is full; Python would say so once more at its end.
+            except OSError:  # stdout is on the full disk; Python would report this again at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, InputError) and not debug:
                 print("error:", describe_error(error), file=sys.stderr)
@@ -65,22 +73,26 @@ def run(command, argv=None):
             else:
                 traceback.print_exc()
                 status = 1
-    if _processes > 1:  # The usual way out waits for the other processes, which wait for this one.
+    if _processes > 1:  # A normal exit waits for the other processes, which wait for this one.
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
 def true_cause(error: Exception) -> Exception:
-    """Return the InputError that explains what a library raised: a full disk, a missing package or platform.
+    """Return the InputError that explains an exception of a library: a full disk, a missing package or platform.
 
-    Any other exception is returned as it is.
+    Args:
+      error: any exception.
+
+    Returns:
+      The InputError, or the exception itself.
     """
     if isinstance(error, InputError):
         return error
     reason = refused_write(error)
     if reason:
-        place = getattr(error, "filename", None) or "what the command writes"
+        place = getattr(error, "filename", None) or "the output"
         return UnwritableError(place, reason, "make room there, or choose another place")
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("shufflenet_jax"):
         return missing_package(error.name.partition(".")[0])
@@ -94,14 +106,22 @@ def true_cause(error: Exception) -> Exception:
     return error
 
 
-def report_error(error):
-    """Show an InputError that ends only a part of the work, without tearing a progress bar."""
+def report_error(error: InputError) -> None:
+    """Show an InputError that ends only a part of the work, without breaking a progress bar.
+
+    Args:
+      error: the error.
+    """
     if not _process:
         tqdm.write(f"error: {describe_error(error)}", file=sys.stderr)
 
 
-def describe_error(error):
-    """Return an InputError as one line, its arguments as options, and with the command that mends it."""
+def describe_error(error: InputError) -> str:
+    """Return an InputError as one line, with its arguments as options, and the command that fixes it.
+
+    Args:
+      error: the error.
+    """
     text = " ".join(str(error).split())
     if error.command:
         name, arguments = error.command
@@ -111,7 +131,7 @@ def describe_error(error):
 
 
 @contextlib.contextmanager
-def _messages_shown():
+def _messages_shown() -> Iterator[None]:
     """Show the library's log and its progress in the terminal."""
     handler, before = _Terminal(logging.INFO), progress.install(_make_bar)
     level, propagated = _library.level, _library.propagate
@@ -128,9 +148,10 @@ def _messages_shown():
 
 
 class _Terminal(logging.Handler):
-    """Writes to stderr without tearing a progress bar; of several processes only the first reports what is usual."""
+    """Writes to stderr without breaking a progress bar; of several processes only the first one reports progress."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
         text = printable(with_flags(record.getMessage()))
         if record.levelno >= logging.WARNING:
             where = f"process {_process}: " if _processes > 1 else ""
@@ -139,8 +160,8 @@ class _Terminal(logging.Handler):
             tqdm.write(text, file=sys.stderr)
 
 
-def _make_bar(*, total, unit, description, initial, scaled):
-    """Make tqdm's bar on stderr with rate and time left; silent where nobody watches the terminal."""
+def _make_bar(*, total: int | None, unit: str, description: str, initial: int, scaled: bool) -> progress.Bar:
+    """Make tqdm's bar on stderr with rate and time left; it is silent if stderr is no terminal."""
     return tqdm(
         total=total,
         unit=unit,
@@ -153,25 +174,29 @@ def _make_bar(*, total, unit, description, initial, scaled):
     )
 
 
-def speak_as(process, processes):
-    """Report as one of several processes from now on: all of them report what is wrong, the first one all the rest."""
+def speak_as(process: int, processes: int) -> None:
+    """Report as one of several processes from now on: all report warnings and errors, only the first one the rest.
+
+    Args:
+      process: number of this process, from 0.
+      processes: number of processes.
+    """
     global _process, _processes
     _process, _processes = process, processes
 
 
 @contextlib.contextmanager
-def libraries_silent():
-    """Keep libraries in C from printing on stderr: libjpeg and libpng complain of images that decode all the same.
+def libraries_silent() -> Iterator[None]:
+    """Keep libraries in C from printing on stderr: libjpeg and libpng complain about images that they can decode.
 
-    What Python prints there still comes through; with --debug everything does.
+    Messages of Python still appear; with --debug all messages do.
     """
     if _debug:
         yield
         return
     sys.stderr.flush()
-    form = {"buffering": 1, "encoding": sys.stderr.encoding, "errors": "backslashreplace"}
     with (
-        open(os.dup(2), "w", **form) as shown,
+        open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace") as shown,
         open(os.devnull, "wb") as nowhere,
         contextlib.redirect_stderr(shown),
     ):

@@ -1,6 +1,7 @@
-"""`convert/from_torch.py`: a published PyTorch checkpoint becomes a model directory, with proof."""
+"""`convert/from_torch.py`: converts a published PyTorch checkpoint to a model directory, with proof."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import checkpoint, hub
@@ -14,15 +15,23 @@ from .parsing import CommandLine, positive_integer, program_of
 DESCRIPTION = "Convert a PyTorch ShuffleNetV2 checkpoint into a model directory, and prove that both compute the same."
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     parser = CommandLine(prog=program_of("convert"), description=DESCRIPTION)
     parser.add_argument(
         "ckpt",
-        help="the PyTorch file, with the names of MMPretrain, torchvision, Megvii or ericsun99: a state dict, what a "
-        "training saved around one, a pickled module or a TorchScript program",
+        help="the PyTorch file, with the names of MMPretrain, torchvision, Megvii or ericsun99: a state dict, a "
+        "training's checkpoint that holds one, a pickled module or a TorchScript program",
     )
     parser.add_argument("--out", help="the model directory to write (default: the file's name without ending, here)")
-    parser.add_argument("--dialect", choices=DIALECTS, help="insist on this naming instead of recognising it")
+    parser.add_argument("--dialect", choices=DIALECTS, help="require these names instead of recognizing them")
     parser.add_argument(
         "--ema",
         action="store_true",
@@ -33,13 +42,13 @@ def main(argv):
     stated.add_argument(
         "--small-stem",
         action=argparse.BooleanOptionalAction,
-        help="the first convolution has stride 1 and no max pool follows, as in networks for CIFAR (default: what a "
-        "pickled module says, else no)",
+        help="the first convolution has stride 1 and no max pool follows, as in networks for CIFAR (default: as in a "
+        "pickled module, else no)",
     )
     stated.add_argument(
         "--preprocessing",
         choices=PREPROCESSING,
-        help="whose way to decode, scale and normalise images (default: that of the project whose names the file has)",
+        help="whose way to decode, scale and normalize images (default: that of the project whose names the file has)",
     )
     stated.add_argument(
         "--image-size",
@@ -50,7 +59,7 @@ def main(argv):
     stated.add_argument(
         "--classes",
         metavar="FILE",
-        help="class names in the order of the labels, one a line (default: those in the file, else for 1000 classes "
+        help="class names in the order of the labels, one per line (default: those in the file, else for 1000 classes "
         "ImageNet's)",
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch")

@@ -1,6 +1,7 @@
 """`models`: the published weights, what they are and where they come from."""
 
 import json
+from collections.abc import Sequence
 
 from ..inference import describe_published, list_models
 from .parsing import CommandLine, program_of
@@ -11,9 +12,17 @@ DESCRIPTION = (
 )
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     parser = CommandLine(prog=program_of("models"), description=DESCRIPTION)
-    parser.add_argument("--json", action="store_true", help="a JSON object for each, one a line")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each, one per line")
     options = parser.parse_args(argv)
     columns = (30, 7, 13, 16, 8, 8, 13, 14)
     names = ("name", "width", "parameters", "multiply-adds", "top-1", "top-5", "from", "licence")
@@ -23,7 +32,7 @@ def main(argv):
         if options.json:
             print(json.dumps(row))
             continue
-        told = (row["name"], f"{row['width']}x", f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M")
-        told += (f"{row['top1']:.2f}", f"{row['top5']:.2f}", row["source"], row["licence"])
-        print("".join(f"{word:{width}}" for word, width in zip(told, columns, strict=True)).rstrip())
+        cells = [row["name"], f"{row['width']}x", f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M"]
+        cells += [f"{row['top1']:.2f}", f"{row['top5']:.2f}", row["source"], row["licence"]]
+        print("".join(f"{cell:{width}}" for cell, width in zip(cells, columns, strict=True)).rstrip())
     return 0

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from .. import progress
 from ..architecture import FEATURES
@@ -21,24 +23,38 @@ from ..data.inventory import describe_skipped, report_notes
 from ..data.workers import usable_cores
 from ..errors import InputError
 from ..files import printable, written_aside
-from ..inference import BATCH, get_model
+from ..inference import BATCH, Model, get_model
 from ..published import CARD
 from .console import libraries_silent, report_error
 from .parsing import CHECKPOINT, CommandLine, positive_integer, program_of
 
-DESCRIPTION = "Predict what is in images. What is no image is named on stderr, and the others go on; then exit is 2."
+Crop = UInt8[np.ndarray, "height width channels"]
+# Name, crop or error, logits and features of an image; the last two are None where there is an error.
+Predicted = tuple[str, Crop | InputError, np.ndarray | None, np.ndarray | None]
+
+DESCRIPTION = "Classify images. Files that are no images are reported on stderr and skipped; then exit is 2."
 MOST_DRAWN = 24
 LISTINGS = (".csv", ".jsonl")
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     options = parse(argv)
     names = list(expanded(options.images))
     if not names:
         raise InputError("there are no names of images on stdin; write one a line")
-    failed, drawn, kept, rows = 0, [], {"name": [], "features": []}, []
+    failed, rows = 0, []
+    drawn: list[Any] = []
+    columns: dict[str, list[Any]] = {"name": [], "features": []}
     with ExitStack() as files:
-        # Opened first: what cannot be written should not cost the predictions.
+        # Open all files first: errors should not cost the predictions.
         features, picture, listing = (
             target and files.enter_context(written_aside(target))
             for target in (options.features, options.save_picture, options.out)
@@ -55,15 +71,16 @@ def main(argv):
                 report_error(crop)
                 continue
             if options.features:
-                kept["name"].append(name)
-                kept["features"].append(feature)
+                columns["name"].append(name)
+                columns["features"].append(feature)
                 continue
+            assert logits is not None  # There is no error.
             row = prediction_of(model, name, logits, options.topk)
             print(json.dumps(row) if options.json else as_text(row))
             if listing:
                 rows.append(row)
             if options.save_picture and len(drawn) < MOST_DRAWN:
-                cam = model.class_activation_map(feature, row["pred_label"]) if options.cam else None
+                cam = None if feature is None else model.class_activation_map(feature, row["pred_label"])
                 drawn.append((crop, row, cam))
         if (targets := targets_of(options)) and failed == len(names):
             raise InputError(f"nothing is left to write to {targets[0]}: no image could be read")
@@ -71,7 +88,7 @@ def main(argv):
             write_rows(rows, listing)
         if features:
             with open(features, "wb") as file:
-                np.savez(file, **{key: np.stack(values) for key, values in kept.items()})
+                np.savez(file, name=np.stack(columns["name"]), features=np.stack(columns["features"]))
         elif drawn:
             from ..plots import plot_predictions
 
@@ -80,12 +97,21 @@ def main(argv):
 
 
 def targets_of(options: argparse.Namespace) -> list[Path]:
-    """Return the files that the options ask for."""
+    """Return the files that the options ask for.
+
+    Args:
+      options: of the command.
+    """
     return [target for target in (options.features, options.save_picture, options.out) if target]
 
 
 def write_rows(rows: list[dict[str, Any]], target: Path) -> None:
-    """Write what `prediction_of` returned for each image: as CSV, or as a JSON object a line, by the file's ending."""
+    """Write a list of predictions, as CSV or as JSON lines, by the file's ending.
+
+    Args:
+      rows: from `prediction_of`, for each image.
+      target: path of the file.
+    """
     with open(target, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         if target.suffix == ".csv":
             numbers = range(1, max((len(row["topk"]) for row in rows), default=0) + 1)
@@ -98,15 +124,28 @@ def write_rows(rows: list[dict[str, Any]], target: Path) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def require_layers(model, options):
-    """Raises InputError if the model lacks what the options ask for."""
+def require_layers(model: Model, options: argparse.Namespace) -> None:
+    """Raise InputError if the model lacks layers that the options need.
+
+    Args:
+      model: the network.
+      options: of the command.
+    """
     if not (model.info.num_classes or options.features):
         raise InputError(f"{options.checkpoint} has no classifier; ask for --features, or choose another checkpoint")
     if options.features and not model.info.conv5 and options.layer in ("conv5", "pooled"):
         raise InputError(f"{options.checkpoint} ends with stage4; choose --layer stage4 or one before it")
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+      argv: the command's arguments.
+
+    Raises:
+      InputError: they are wrong.
+    """
     parser = CommandLine(prog=program_of("predict"), description=DESCRIPTION)
     told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
@@ -135,8 +174,12 @@ def parse(argv):
     return options
 
 
-def expanded(words):
-    """Each image that the command line names: folders become their files, - the lines of stdin."""
+def expanded(words: Iterable[str]) -> Iterator[str]:
+    """Yield each image that the command line names: folders become their files, - the lines of stdin.
+
+    Args:
+      words: of the command line.
+    """
     for word in words:
         if word == "-":
             lines = (os.fsdecode(line).strip() for line in sys.stdin.buffer)
@@ -149,11 +192,16 @@ def expanded(words):
             yield word
 
 
-def predictions(model, names, layer=None):
-    """(name, crop, logits, features of the layer, if one is given) for each image in turn.
+def predictions(model: Model, names: Sequence[str], layer: str | None = None) -> Iterator[Predicted]:
+    """Yield name, crop, logits and features of each image.
 
-    Where there is no image, the crop is an InputError that tells why. Images are read by threads and predicted in
-    batches of one size.
+    Threads read the images; the network predicts them in batches of one size. For a file that is no image, the crop is
+    an InputError.
+
+    Args:
+      model: the network.
+      names: paths or addresses.
+      layer: whose features to return; None means none.
     """
     size = 1 if len(names) == 1 else BATCH
     with ThreadPoolExecutor(usable_cores()) as readers:
@@ -164,18 +212,24 @@ def predictions(model, names, layer=None):
             crops = [crop for crop in read if not isinstance(crop, InputError)]
             if crops:
                 logits, features = model.outputs(np.stack(crops + crops[:1] * (size - len(crops))))
-                seen = jax.device_get((logits, features.get(layer)))
+                outputs = jax.device_get((logits, features.get(layer or "")))
             row = iter(range(len(crops)))
             for name, crop in zip(part, read, strict=True):
                 if isinstance(crop, InputError):
                     yield name, crop, None, None
                 else:
                     i = next(row)
-                    yield name, crop, *(None if values is None else values[i] for values in seen)
+                    own = [None if values is None else values[i] for values in outputs]
+                    yield name, crop, own[0], own[1]
 
 
-def read_crop(model, name):
-    """The crop (H, W, C) of an image, or the InputError that tells why there is none."""
+def read_crop(model: Model, name: str) -> Crop | InputError:
+    """Return the crop (H, W, C) of an image, or the InputError if there is none.
+
+    Args:
+      model: prepares the image.
+      name: path or address.
+    """
     try:
         if os.path.isdir(name):
             raise InputError(f"folder {name} holds no images")
@@ -184,8 +238,15 @@ def read_crop(model, name):
         return error
 
 
-def prediction_of(model, name, logits, topk):
-    """{"image", "pred_label", "pred_class", "pred_score", "topk": [{"label", "class", "score"}]} of an image."""
+def prediction_of(model: Model, name: str, logits: Float[np.ndarray, " classes"], topk: int) -> dict[str, Any]:
+    """Return {"image", "pred_label", "pred_class", "pred_score", "topk": [{"label", "class", "score"}]} of an image.
+
+    Args:
+      model: the network, with the class names.
+      name: of the image.
+      logits: (num_classes,).
+      topk: number of classes.
+    """
     scores = np.exp(logits - logits.max(), dtype=np.float64)
     scores /= scores.sum()
     best = [{**entry, "score": round(entry["score"], 6)} for entry in model.ranked(scores, topk)]
@@ -193,6 +254,11 @@ def prediction_of(model, name, logits, topk):
     return {"image": name, **first, "topk": best}
 
 
-def as_text(row):
+def as_text(row: dict[str, Any]) -> str:
+    """Return a prediction in lines.
+
+    Args:
+      row: from `prediction_of`.
+    """
     lines = [f"{100 * entry['score']:6.2f} %  {entry['class']}" for entry in row["topk"]]
     return "\n".join([printable(row["image"]), *lines])

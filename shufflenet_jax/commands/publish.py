@@ -1,9 +1,12 @@
-"""`publish`: a folder of any checkpoint to give away, and to push to the Hugging Face Hub."""
+"""`publish`: writes any checkpoint as a folder to publish, and pushes it to the Hugging Face Hub."""
 
+import argparse
 import dataclasses
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import hub
 from ..checkpoint import hash_of_variables
@@ -17,22 +20,30 @@ from .parsing import CHECKPOINT, CommandLine, program_of
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Make a folder to give away: the weights in model.safetensors, without optimiser state and history, what they are "
-    "in config.json, and a model card in README.md. Its name ends with the first 8 digits of the weights' sha256. It "
-    "is a checkpoint, and with --push also a repository on the Hugging Face Hub."
+    "Write a checkpoint as a folder to publish: the weights in model.safetensors, without optimizer state and history, "
+    "their description in config.json, and a model card in README.md. Its name ends with the first 8 digits of the "
+    "weights' sha256. It is a checkpoint, and with --push also a repository on the Hugging Face Hub."
 )
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     parser = CommandLine(prog=program_of("publish"), description=DESCRIPTION)
     parser.add_argument("checkpoint", help=CHECKPOINT)
-    parser.add_argument("--out", type=Path, required=True, help="folder to put it in")
-    parser.add_argument("--name", help="what to call it, like shufflenet_v2_x0_5_pets (default: the NAME of --push)")
-    parser.add_argument("--ema", action="store_true", help="take the moving averages kept beside the weights")
-    parser.add_argument("--licence", required=True, help="under which others may use the weights, like CC-BY-4.0")
-    parser.add_argument("--top1", type=float, metavar="P", help="accuracy in percent to put into the card")
+    parser.add_argument("--out", type=Path, required=True, help="folder in which to create it")
+    parser.add_argument("--name", help="name of the model, like shufflenet_v2_x0_5_pets (default: the NAME of --push)")
+    parser.add_argument("--ema", action="store_true", help="take the moving averages instead of the weights")
+    parser.add_argument("--licence", required=True, help="licence of the weights, like CC-BY-4.0")
+    parser.add_argument("--top1", type=float, metavar="P", help="accuracy in percent, for the card")
     parser.add_argument("--top5", type=float, metavar="P", help="the same for the first five classes")
-    parser.add_argument("--data", metavar="WORDS", help="on which data these were measured")
+    parser.add_argument("--data", metavar="WORDS", help="the data of this evaluation, for the card")
     help_text = "the Hub's names of the data it was trained on, for the card (default: imagenet-1k for its classes)"
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help=help_text)
     help_text = (
@@ -45,15 +56,16 @@ def main(argv):
     name = _name_of(options, repository)
     out = path_of(options.out)
     _, variables, info = load_model(options.checkpoint, ema=options.ema)
-    info = dataclasses.replace(info, source=without_places(info.source), sha256=hash_of_variables(variables))
-    target = path_of(out / f"{name}-{info.sha256[:8]}")
+    digest = hash_of_variables(variables)
+    info = dataclasses.replace(info, source=without_places(info.source), sha256=digest)
+    target = path_of(out / f"{name}-{digest[:8]}")
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out or --name")
     datasets = tuple(options.datasets) if options.datasets else None
     address = str(repository or target.name)
     stated = Statements(name, address, options.licence, options.top1, options.top5, options.data, datasets)
 
-    def finish(folder):
+    def finish(folder: Path) -> None:
         """Read the folder back, and push it; if either fails, nothing stays in its place."""
         read_repository(folder)
         if repository:
@@ -68,7 +80,7 @@ def main(argv):
     return 0
 
 
-def _name_of(options, repository):
+def _name_of(options: argparse.Namespace, repository: hub.Repository | None) -> str:
     """Return what to call the model. Raises InputError where nothing names it, or it cannot be a folder's name."""
     name = options.name
     if name is None and repository:
@@ -78,9 +90,13 @@ def _name_of(options, repository):
     return name
 
 
-def without_places(source):
-    """A ModelInfo's source whose training configuration names files and folders, but not where they lay."""
+def without_places(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ModelInfo's source with the names of files and folders, but without their places.
+
+    Args:
+      source: of a ModelInfo.
+    """
     if "config" not in source:
-        return source
+        return dict(source)
     named = {k: Path(v).name for k, v in source["config"].items() if isinstance(v, str) and v.startswith(("/", "~"))}
     return {**source, "config": {**source["config"], **named}}

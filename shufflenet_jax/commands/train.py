@@ -1,8 +1,11 @@
-"""`train.py`: train a preset, with any of its settings overridden; the same command again resumes."""
+"""`train.py`: trains a preset, with any of its settings overridden; the same command again resumes."""
 
+import argparse
 import shlex
 import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,7 +32,15 @@ from .parsing import CommandLine, add_process_options, numbers, program_of, requ
 DESCRIPTION = "Train a ShuffleNetV2. The same command again resumes; every setting below overrides the preset's."
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     config, options = parse(argv)
     if options.print_schedule:
         with jax.enable_x64(config.dtype == "float64"):
@@ -45,12 +56,17 @@ def main(argv):
             *next_commands(config, result),
             sep="\n",
         )
-    # 0 for SIGTERM, so that a scheduler starts the run again; a shell's own status for Ctrl-C.
+    # 0 for SIGTERM, so that a scheduler restarts the run; a shell's usual status for Ctrl-C.
     return 128 + signal.SIGINT if result.signal == signal.SIGINT and not result.finished else 0
 
 
 def next_commands(config: TrainConfig, result: TrainResult) -> list[str]:
-    """Return the commands that evaluate, predict and export what a run has learned."""
+    """Return the commands that evaluate, predict and export with a trained network.
+
+    Args:
+      config: the settings of the run.
+      result: of the run.
+    """
     place = shlex.quote(str(result.workdir))
     data = {"data": config.data, "data-dir": config.data_dir, "split": config.eval_split}
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in data.items() if value)
@@ -63,8 +79,18 @@ def next_commands(config: TrainConfig, result: TrainResult) -> list[str]:
     ]
 
 
-def parse(argv):
-    """The TrainConfig that the command line asks for, and its other options."""
+def parse(argv: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
+    """Parse the command line.
+
+    Args:
+      argv: the command's arguments.
+
+    Returns:
+      (the settings, the other options).
+
+    Raises:
+      InputError: they are wrong.
+    """
     first = CommandLine(prog=program_of("train"), add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--width")
@@ -86,14 +112,14 @@ def parse(argv):
     parser.add_argument(
         "--changed-data",
         action="store_true",
-        help="continue a run also where examples of its data were added, removed or changed",
+        help="continue a run even if examples of its data were added, removed or changed",
     )
     parser.add_argument(
         "--print-schedule",
         metavar="FILE.png",
         nargs="?",
         const=True,
-        help="only print the learning rate over the run, and draw it into the file",
+        help="only print the learning rate over the run, and draw it into a file",
     )
     parser.add_argument(
         "--profile",
@@ -105,16 +131,16 @@ def parse(argv):
         "--compile-for",
         metavar="SLICE",
         help="only compile the step for hardware that is not here, like v5e:16x16, v5p:4x4x4, v6e:2x2 or h100:4x8 "
-        "(hosts x GPUs), and print whether it fits, what it takes, exchanges and touches",
+        "(hosts x GPUs), and print whether it fits, its memory, its collectives and the bytes that it touches",
     )
     parser.add_argument("--dump", metavar="DIR", help="with --compile-for: store the optimized program in this folder")
     add_process_options(parser)
     parser.add_arguments(TrainConfig, dest="settings", default=PRESETS.get(name, PRESETS["digits"]))
     options = parser.parse_args(argv)
     if options.dump and not options.compile_for:
-        raise InputError("--dump stores what --compile-for compiles; give both")
+        raise InputError("--dump stores the program of --compile-for; give both")
     if options.profile and (options.compile_for or options.print_schedule):
-        raise InputError("--profile traces a run, but this command takes no step; leave one of both out")
+        raise InputError("--profile traces a run, but this command takes no step; omit one of the options")
     return options.settings, options
 
 
@@ -123,15 +149,23 @@ class Parser(CommandLine, simple_parsing.ArgumentParser):
 
 
 class HelpFormatter(simple_parsing.SimpleHelpFormatter):
-    """simple_parsing's formatter, which is silent about defaults where there are none."""
+    """simple_parsing's formatter without defaults of None."""
 
-    def _get_help_string(self, action):
-        told = super()._get_help_string(action)
-        return told.replace(" (default: %(default)s)", "") if action.default is None else told
+    def _get_help_string(self, action: argparse.Action) -> str:
+        help_text = super()._get_help_string(action) or ""
+        return help_text.replace(" (default: %(default)s)", "") if action.default is None else help_text
 
 
-def print_schedule(config, picture):
-    """Prints the learning rate over a run, a line for each point worth knowing, and draws it where asked to."""
+def print_schedule(config: TrainConfig, picture: str | Literal[True]) -> int:
+    """Print the learning rate at the important steps of a run, and draw it.
+
+    Args:
+      config: the settings.
+      picture: path of a PNG file; True draws none.
+
+    Returns:
+      The exit status.
+    """
     source = open_training_data(config)
     config, chosen = settle(config, source, {})
     epoch = Epoch(len(source), parallel.plan_for_devices(config))
@@ -153,8 +187,20 @@ def print_schedule(config, picture):
     return 0
 
 
-def compile_for(config, name, folder):
-    """Print what a step takes, exchanges and touches on a slice, and store its program in a folder where asked to."""
+def compile_for(config: TrainConfig, name: str, folder: str | None) -> int:
+    """Print the memory, the collectives and the touched bytes of a step on a slice.
+
+    Args:
+      config: the settings.
+      name: of the slice.
+      folder: where to store the step's program; None stores nothing.
+
+    Returns:
+      The exit status: 1 if the step does not fit.
+
+    Raises:
+      InputError: the step cannot be compiled.
+    """
     program = path_of(folder) / f"{name.replace(':', '-')}.hlo" if folder else None
     if program:
         with writing(program.parent):
@@ -169,15 +215,15 @@ def compile_for(config, name, folder):
     print(describe_run(step.config, step.epoch))
     print(f"compiled for {name} in {step.seconds:.0f} s")
     parts = ", ".join(f"{part} {size / 1e6:,.1f} MB" for part, size in step.memory._asdict().items())
-    needed, there = sum(step.memory), target.memory
-    fits = "fits" if needed <= there else "does not fit"
-    print(f"{fits}: {needed / 1e9:.2f} GB of {there / 1e9:.2f} GB on each device ({parts})")
+    needed, available = sum(step.memory), target.memory
+    fits = "fits" if needed <= available else "does not fit"
+    print(f"{fits}: {needed / 1e9:.2f} GB of {available / 1e9:.2f} GB on each device ({parts})")
     kinds = "".join(f"; {kind} {n:,}, {size / 1e6:.2f} MB" for kind, (n, size) in step.counts.collectives.items())
     total = step.counts.total
     print(f"a step exchanges in {total.number:,} collectives {total.size / 1e6:.2f} MB on each device{kinds}")
-    print(f"touches {step.touched_per_image / 1e6:.1f} MB an image in the devices' main memory")
+    print(f"touches {step.touched_per_image / 1e6:.1f} MB per image in the devices' main memory")
     if program:
         with writing(program):
             program.write_text(step.text, encoding="utf-8")
         print(f"program: {printable(str(program))}")
-    return 0 if needed <= there else 1
+    return 0 if needed <= available else 1

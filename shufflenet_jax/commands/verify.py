@@ -1,33 +1,44 @@
-"""`python -m shufflenet_jax verify`: what a data set holds, before a long run depends on it."""
+"""`python -m shufflenet_jax verify`: checks a data set before a long run depends on it."""
 
+import argparse
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import plots, progress
 from ..config import TrainConfig
 from ..data.inventory import report_notes
 from ..data.labels import imagenet_classes
 from ..data.pipeline import train_batches
-from ..data.sources import open_source
-from ..data.survey import survey
+from ..data.sources import Source, open_source
+from ..data.survey import Survey, survey
 from ..recipes import PRESETS
 from ..training.rule import settle
 from .console import libraries_silent
 from .parsing import CommandLine, add_val_share, positive_integer, program_of
 
 DESCRIPTION = (
-    "Read every image of a data set and tell what is in there. The last line on stdout is a JSON object; exit 1 if "
-    "anything cannot be read."
+    "Read every image of a data set and report its contents. The last line on stdout is a JSON object; exit 1 if an "
+    "image cannot be read."
 )
-SHOWN = 5  # Names a line.
+SHOWN = 5  # Names per line.
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      Its exit status.
+    """
     parser = CommandLine(prog=program_of("verify"), description=DESCRIPTION)
     parser.add_argument("data", help="tfds:NAME, a folder of images, a zip or tar of one, or digits")
     parser.add_argument("--split", help="the part of the data (default: the first of val, validation, test it has)")
-    parser.add_argument("--data-dir", help="where tfds: data sets lie (default: TFDS's own place)")
+    parser.add_argument("--data-dir", help="folder of tfds: data sets (default: TFDS's own)")
     add_val_share(parser)
     parser.add_argument("--preview", metavar="OUT.png", help="draw a batch as training sees it, with its labels")
     parser.add_argument(
@@ -49,8 +60,13 @@ def main(argv):
     return 1 if found.unreadable else 0
 
 
-def report(found, source):
-    """Prints a line for each thing worth knowing."""
+def report(found: Survey, source: Source) -> None:
+    """Print a line for each finding.
+
+    Args:
+      found: the survey.
+      source: the data.
+    """
     lines = {
         "cannot be read": found.unreadable,
         "grey": found.grey,
@@ -68,8 +84,13 @@ def report(found, source):
         print(f"sizes: {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high")
 
 
-def summary(found, source):
-    """The JSON object: counts alone."""
+def summary(found: Survey, source: Source) -> dict[str, Any]:
+    """Return the JSON object with the counts.
+
+    Args:
+      found: the survey.
+      source: the data.
+    """
     names = ("unreadable", "grey", "cmyk", "rotated", "duplicates")
     return {
         "images": found.images,
@@ -79,8 +100,13 @@ def summary(found, source):
     }
 
 
-def preview(source, options):
-    """Draws the first training batch of the data under a preset's augmentation."""
+def preview(source: Source, options: argparse.Namespace) -> None:
+    """Draw the first training batch of the data under a preset's augmentation.
+
+    Args:
+      source: the data.
+      options: of the command.
+    """
     config = dataclasses.replace(PRESETS.get(options.config, TrainConfig(data=options.data)), batch_size=32)
     config = settle(dataclasses.replace(config, init_from=None, width=config.width or 1.0), source, {})[0]
     if options.image_size:
@@ -91,6 +117,6 @@ def preview(source, options):
     plots.plot_batch(batch, titles, Path(options.preview))
 
 
-def _title(source, label, names):
+def _title(source: Source, label: int, names: Mapping[str, str]) -> str:
     name = source.classes[label] if source.classes else str(label)
     return names.get(name, name)

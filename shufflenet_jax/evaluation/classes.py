@@ -1,17 +1,29 @@
-"""How a network fares class by class: precision, recall, F1, which classes it confuses, and intervals of shares."""
+"""Figures per class: precision, recall, F1, confused classes, and intervals of shares."""
 
 from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy.stats import binomtest
+
+Labels = Int[np.ndarray, " images"]
+Counts = Int[np.ndarray, " classes"]
+Percents = Float[np.ndarray, " classes"]
 
 MEANS = ("precision", "recall", "f1", "balanced_accuracy")  # Over the classes, as `ClassScores.means` has them.
 
 
 class Share(NamedTuple):
-    """A part of the images, in percent, with its 95 % interval (Wilson 1927)."""
+    """A share of the images with its 95 % interval (Wilson 1927).
+
+    Attributes:
+      right: number of images in it.
+      percent: of all images.
+      low: lower end of the interval, in percent.
+      high: upper end of the interval, in percent.
+    """
 
     right: int
     percent: float
@@ -20,7 +32,12 @@ class Share(NamedTuple):
 
 
 def share_of(right: int, images: int) -> Share:
-    """Return the Share of the images that are right."""
+    """Return a share of the images, with its interval.
+
+    Args:
+      right: number of images in it.
+      images: number of all images.
+    """
     interval = binomtest(right, images).proportion_ci(method="wilson")
     return Share(right, 100 * right / images, 100 * interval.low, 100 * interval.high)
 
@@ -31,44 +48,44 @@ class ClassScores:
     Attributes:
       images: int (num_classes,), images of each class.
       predicted: int (num_classes,), how often each class was predicted.
-      right: int (num_classes,), how often rightly.
+      right: int (num_classes,), how often each class was predicted correctly.
     """
 
-    def __init__(self, labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> None:
+    def __init__(self, labels: Labels, predicted: Labels, num_classes: int) -> None:
         """Count.
 
         Args:
           labels: int (N,), the class of each image.
-          predicted: int (N,), the class that each image was taken for.
+          predicted: int (N,), the predicted class of each image.
           num_classes: of the network.
         """
 
-        def counts(numbers: np.ndarray) -> np.ndarray:
+        def counts(numbers: np.ndarray) -> Counts:
             return np.bincount(numbers, minlength=num_classes)
 
         self.images, self.predicted = counts(labels), counts(predicted)
         self.right = counts(labels[labels == predicted])
 
     @cached_property
-    def precision(self) -> np.ndarray:
-        """Percent (num_classes,) of what was taken for a class that is of it; 0 where nothing was."""
+    def precision(self) -> Percents:
+        """Correct predictions as percent (num_classes,) of all predictions of a class; 0 if there are none."""
         return 100 * self.right / np.maximum(self.predicted, 1)
 
     @cached_property
-    def recall(self) -> np.ndarray:
-        """Percent (num_classes,) of the images of a class that were taken for it; 0 where it has none."""
+    def recall(self) -> Percents:
+        """Correct predictions as percent (num_classes,) of all images of a class; 0 if there are none."""
         return 100 * self.right / np.maximum(self.images, 1)
 
     @cached_property
-    def f1(self) -> np.ndarray:
-        """The harmonic mean (num_classes,) of precision and recall, in percent."""
+    def f1(self) -> Percents:
+        """Harmonic mean (num_classes,) of precision and recall, in percent."""
         return 200 * self.right / np.maximum(self.images + self.predicted, 1)
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """Return {"precision", "recall", "f1", "balanced_accuracy"} in percent, every class counting alike.
+        """Means {"precision", "recall", "f1", "balanced_accuracy"} over the classes, in percent.
 
-        The first three are over the classes that occur as labels or predictions; balanced accuracy is the mean recall
+        The first three are over the classes that occur as labels or predictions. Balanced accuracy is the mean recall
         of those that occur as labels.
         """
         occurs = self.images + self.predicted > 0
@@ -76,33 +93,63 @@ class ClassScores:
         return {**means, "balanced_accuracy": float(self.recall[self.images > 0].mean())}
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return int (num_classes, num_classes): how often images of each class (rows) were taken for each (columns)."""
+def confusion_matrix(labels: Labels, predicted: Labels, num_classes: int) -> Int[np.ndarray, "classes classes"]:
+    """Count how often images of each class (rows) were predicted as each class (columns).
+
+    Args:
+      labels: int (N,), the class of each image.
+      predicted: int (N,), the predicted class of each image.
+      num_classes: of the network.
+
+    Returns:
+      int (num_classes, num_classes).
+    """
     places = np.int64(labels) * num_classes + predicted
     return np.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def confused_pairs(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int]]:
-    """Return (label, predicted, images) of all pairs of classes that are confused, the most frequent first."""
+def confused_pairs(labels: Labels, predicted: Labels) -> list[tuple[int, int, int]]:
+    """Return (label, predicted, images) of all pairs of confused classes, the most frequent first.
+
+    Args:
+      labels: int (N,), the class of each image.
+      predicted: int (N,), the predicted class of each image.
+    """
     wrong = labels != predicted
     counts = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
     return [(*pair, count) for pair, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
 class ClassRow(NamedTuple):
-    """How a class fares."""
+    """The figures of a class.
+
+    Attributes:
+      label: of the class.
+      images: of the class.
+      right: number of images with a correct prediction.
+      taken_for: the most frequent wrong prediction for its images, or None.
+      precision: in percent.
+      recall: in percent.
+      f1: in percent.
+    """
 
     label: int
     images: int
     right: int
-    taken_for: int | None  # The wrong class that its images are taken for most often.
-    precision: float  # Percent, as recall and F1.
+    taken_for: int | None
+    precision: float
     recall: float
     f1: float
 
 
-def class_rows(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> list[ClassRow]:
-    """Return a ClassRow for each class that has images, the worst first."""
+def class_rows(labels: Labels, predicted: Labels, num_classes: int) -> list[ClassRow]:
+    """Return a ClassRow for each class that has images, the worst first.
+
+    Args:
+      labels: int (N,), the class of each image.
+      predicted: int (N,), the predicted class of each image.
+      num_classes: of the network.
+    """
     scores = ClassScores(labels, predicted, num_classes)
     mistakes: dict[int, int] = {}
     for label, other, _ in confused_pairs(labels, predicted):

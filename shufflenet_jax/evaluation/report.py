@@ -1,4 +1,4 @@
-"""`eval.py --report`: what a model gets right and wrong on a data set, as one self-contained page of HTML."""
+"""The report of an evaluation as one self-contained page of HTML: figures, confusions, calibration, mistakes."""
 
 import base64
 import io
@@ -6,22 +6,35 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from matplotlib import colormaps
 from PIL import Image
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+from ..config import Preprocess
 from ..data.labels import class_name
+from ..data.sources import Source
+from ..inference import Model
 from .classes import ClassRow, ClassScores, Share, class_rows, confused_pairs, confusion_matrix, share_of
+from .predictions import Predictions
 
-BINS = 15  # Of confidence, as Guo et al. (ICML 2017) have them.
+Column = Float[np.ndarray, " images"]
+
+BINS = 15  # Of confidence, as in Guo et al. (ICML 2017).
 CONFUSED, SUREST = 20, 12
-THUMBNAIL = 168  # Pixels a side.
+THUMBNAIL = 168  # Side in pixels.
 MOST_DRAWN = 40  # Classes of a confusion matrix on the page.
 
 
 class Mean(NamedTuple):
-    """A mean loss, with its 95 % interval by the normal distribution; None for a single image."""
+    """A mean loss, with its 95 % interval by the normal distribution.
+
+    Attributes:
+      value: the mean.
+      low: lower end of the interval; None for a single image.
+      high: upper end of the interval; None for a single image.
+    """
 
     value: float
     low: float | None
@@ -29,45 +42,79 @@ class Mean(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Images whose first class has a probability from `low` up to `high`."""
+    """The images whose predicted class has a probability in a range.
+
+    Attributes:
+      low: lower end of the range.
+      high: upper end of the range.
+      images: their number.
+      confidence: mean probability of the predicted class, 0 to 1; 0 for an empty bin.
+      accuracy: share of correct predictions, 0 to 1; 0 for an empty bin.
+    """
 
     low: float
     high: float
     images: int
-    confidence: float  # Mean probability of the first class, 0 to 1; 0 for an empty bin.
-    accuracy: float  # Share that is right, 0 to 1; 0 for an empty bin.
+    confidence: float
+    accuracy: float
 
 
 class Mistake(NamedTuple):
-    """An image whose first class is wrong."""
+    """An image with a wrong prediction.
 
-    place: int  # In the data.
+    Attributes:
+      place: of the image in the data.
+      label: of the image.
+      predicted: its predicted class.
+      probability: of that class, 0 to 1.
+    """
+
+    place: int
     label: int
     predicted: int
     probability: float
 
 
 class Summary(NamedTuple):
-    """All figures of a report."""
+    """All figures of a report.
+
+    Attributes:
+      images: number of images.
+      top1: share of images whose predicted class is right.
+      top5: share of images with the label among the five likeliest classes.
+      loss: cross-entropy in nats; of several labels, that of the probability of any.
+      calibration_error: ECE: the mean distance of accuracy from confidence over the bins, in percent. It has no
+        interval: chance alone makes it larger, and makes that of a resample larger again, so a bootstrap's interval
+        would be too high.
+      bins: images by their confidence.
+      means: precision, recall and F1 over the classes, and balanced accuracy, in percent.
+      confusion: from `confusion_matrix`; None for more than MOST_DRAWN classes.
+      classes: figures of the classes with images, the worst first.
+      confused: (label, predicted, images), the most frequent first.
+      pairs: number of all pairs of confused classes.
+      surest: the mistakes with the highest confidence, in its order.
+    """
 
     images: int
     top1: Share
     top5: Share
-    loss: Mean  # Cross-entropy, in nats; of several labels, that of the probability of any.
-    # ECE: the mean distance of accuracy from confidence over the bins, in percent. It has no interval: chance alone
-    # makes it larger, and makes that of a resample larger again, so that a bootstrap's interval lies too high.
+    loss: Mean
     calibration_error: float
     bins: list[Bin]
-    means: dict[str, float]  # Precision, recall and F1 over the classes, and balanced accuracy, in percent.
-    confusion: np.ndarray | None  # As `confusion_matrix` has it; None for more than MOST_DRAWN classes.
-    classes: list[ClassRow]  # Those with images, the worst first.
-    confused: list[tuple[int, int, int]]  # (label, predicted, images), the most frequent first.
-    pairs: int  # All that are confused.
-    surest: list[Mistake]  # The surest first.
+    means: dict[str, float]
+    confusion: np.ndarray | None
+    classes: list[ClassRow]
+    confused: list[tuple[int, int, int]]
+    pairs: int
+    surest: list[Mistake]
 
 
-def summarise(rows):
-    """Return the Summary of Predictions; of several labels the likeliest counts."""
+def summarise(rows: Predictions) -> Summary:
+    """Return the Summary of predictions; of several labels the likeliest one counts.
+
+    Args:
+      rows: the predictions of all images.
+    """
     (labels, _), logits = rows.first_classes(), np.asarray(rows.logits, np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     predicted, right = order[:, 0], order[:, 0] == labels
@@ -96,13 +143,13 @@ def summarise(rows):
     )
 
 
-def _of_labels(logits, labels):
-    """(N,): the logarithm of the sum of the exponentials at labels (N, K), where -1 is none."""
+def _of_labels(logits: Float[np.ndarray, "images classes"], labels: Int[np.ndarray, "images labels"]) -> Column:
+    """Return the logarithm of the sum of the exponentials at labels (N, K), of which -1 is none."""
     own = np.where(labels >= 0, np.take_along_axis(logits, np.maximum(labels, 0), axis=1), -np.inf)
     return logsumexp(own, axis=1)
 
 
-def _mean(losses):
+def _mean(losses: Column) -> Mean:
     mean = float(losses.mean())
     if len(losses) == 1:
         return Mean(mean, None, None)
@@ -110,26 +157,27 @@ def _mean(losses):
     return Mean(mean, max(0.0, mean - half), mean + half)  # No loss is negative.
 
 
-def _bins(confidence, right):
+def _bins(confidence: Column, right: Bool[np.ndarray, " images"]) -> list[Bin]:
     places = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    found = []
+    bins = []
     for number in range(BINS):
         here = places == number
         means = (float(confidence[here].mean()), float(right[here].mean())) if here.any() else (0.0, 0.0)
-        found.append(Bin(number / BINS, (number + 1) / BINS, int(here.sum()), *means))
-    return found
+        bins.append(Bin(number / BINS, (number + 1) / BINS, int(here.sum()), *means))
+    return bins
 
 
-def make_report(rows, model, source, *, title, command):
-    """The page, as text.
+def make_report(rows: Predictions, model: Model, source: Source, *, title: str, command: str) -> str:
+    """Return the page, as text.
 
     Args:
-      rows: the Predictions for all images, in the order of the source.
-      model: a Model, for the class-activation maps of the surest mistakes.
-      source: the Source that was evaluated.
-      title: what was evaluated on what.
-      command: what was typed.
+      rows: the predictions of all images, with names, in the order of the source.
+      model: the network, for the class-activation maps of the mistakes.
+      source: the images.
+      title: names the model and the data.
+      command: the command that the user typed.
     """
+    assert rows.name is not None  # The page shows the names.
     summary = summarise(rows)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -145,29 +193,47 @@ def make_report(rows, model, source, *, title, command):
     )
 
 
-def pictures(model, source, mistake):
-    """(the image as the network sees it, the same with its class-activation map), as data URLs."""
+def pictures(model: Model, source: Source, mistake: Mistake) -> tuple[str, str]:
+    """Draw an image as the network sees it, and the same with its class-activation map.
+
+    Args:
+      model: the network.
+      source: the images.
+      mistake: which image, and for which class.
+
+    Returns:
+      Both as data URLs.
+    """
     example = source[mistake.place]
     crop = model.preprocess(example.image, name=example.name)
     conv5 = np.asarray(model.extract_feat(crop)["conv5"])[0]
     longest = max(model.info.preprocess.size)
-    size = tuple(round(side * THUMBNAIL / longest) for side in model.info.preprocess.size[::-1])
-    plain = Image.fromarray(crop[0].squeeze()).convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    seen = Image.fromarray(np.uint8(255 * model.class_activation_map(conv5, mistake.predicted)))
-    seen = np.asarray(seen.resize(plain.size, Image.Resampling.BICUBIC)) / 255
-    alpha = (0.15 + 0.5 * seen)[..., None]
-    mixed = np.asarray(plain) * (1 - alpha) + 255 * colormaps["inferno"](seen)[..., :3] * alpha
+    height, width = (round(side * THUMBNAIL / longest) for side in model.info.preprocess.size)
+    plain = Image.fromarray(crop[0].squeeze()).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    small = Image.fromarray(np.uint8(255 * model.class_activation_map(conv5, mistake.predicted)))
+    map_ = np.asarray(small.resize(plain.size, Image.Resampling.BICUBIC)) / 255
+    alpha = (0.15 + 0.5 * map_)[..., None]
+    mixed = np.asarray(plain) * (1 - alpha) + 255 * colormaps["inferno"](map_)[..., :3] * alpha
     return as_url(plain), as_url(Image.fromarray(np.uint8(mixed)))
 
 
-def as_url(picture):
+def as_url(picture: Image.Image) -> str:
+    """Encode a picture as a data URL of a JPEG.
+
+    Args:
+      picture: in RGB.
+    """
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def in_words(preprocess):
-    """How images are prepared, in a sentence."""
+def in_words(preprocess: Preprocess) -> str:
+    """Describe how images are prepared, in one sentence.
+
+    Args:
+      preprocess: of the network.
+    """
     exif = "applied" if preprocess.decoder == "cv2" else "ignored"
     backend = "OpenCV's bilinear" if preprocess.backend == "cv2" else "Pillow's antialiased bilinear"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocess.mean, preprocess.std))

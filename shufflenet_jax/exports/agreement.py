@@ -1,49 +1,76 @@
-"""Whether an exported file computes what our network does, on real images."""
+"""Comparison of an exported file's outputs with our network's, on real images."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
+from ..errors import Unchecked
 from ..evaluation.ranking import label_ranks
+from ..shapes import Array, Features, Logits
 
-# A share of the largest output. float32 rounds 6e-8 an operation, some 50 layers deep: 1e-6 with trained weights, up to
-# 2e-5 with random ones, which amplify it; a wrong weight or operation shows in the second digit.
+Outputs = Sequence[Array]
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A network that prepares images: inference.Model, which depends on this module."""
+
+    def preprocess(self, image: Unchecked) -> np.ndarray:
+        """Return a uint8 crop (1, H, W, C) of an image."""
+
+
+# A share of the largest output. float32 rounds 6e-8 per operation, some 50 layers deep: 1e-6 with trained weights, up
+# to 2e-5 with random ones, which amplify it; a wrong weight or operation shows in the second digit.
 TOLERANCE = 1e-4
 
 
 class Agreement(NamedTuple):
-    """How an exported file's outputs differ from ours."""
+    """The difference of an exported file's outputs from ours.
+
+    Attributes:
+      images: number of images.
+      difference: the largest one of any number, in the output that differs most.
+      largest: our largest number in that output.
+      agreeing: number of images for which both predict the same class.
+      ours: our correct predictions (top-1, top-5); (0, 0) without labels.
+      theirs: those of the file.
+    """
 
     images: int
-    difference: float  # The largest of any number of an output: of the one that differs most, if there are several.
-    largest: float  # Number of ours in that output.
-    agreeing: int  # Images for which both say the same first class.
-    ours: tuple  # (top-1, top-5) correct; (0, 0) without labels.
-    theirs: tuple
+    difference: float
+    largest: float
+    agreeing: int
+    ours: tuple[int, int]
+    theirs: tuple[int, int]
 
     @property
-    def share(self):
+    def share(self) -> float:
+        """The difference as a share of the largest number."""
         return self.difference / (self.largest or 1.0)
 
     @property
-    def passed(self):
-        return self.share <= TOLERANCE  # NaN is not.
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance; NaN is not."""
+        return self.share <= TOLERANCE
 
 
-def measure_agreement(ours, theirs, batches):
-    """Run both on the same images.
+def measure_agreement(
+    ours: Callable[[np.ndarray], Outputs],
+    theirs: Callable[[np.ndarray], Outputs],
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> Agreement:
+    """Run our network and an exported file on the same images.
 
     Args:
-      ours, theirs: functions of uint8 images (B, H, W, C) to lists of outputs (B, ...), as NumPy arrays. Where
-        accuracy is to be counted, the first of them is the logits.
-      batches: {"images", "mask"} and, where accuracy is to be counted, "labels", as `data.pipeline.eval_batches` has
-        them.
-    Returns:
-      An Agreement.
+      ours: function of uint8 images (B, H, W, C) to outputs (B, ...). With labels, the first of them is the logits.
+      theirs: the same for the file.
+      batches: {"images", "mask"} and, to count correct predictions, "labels", as from `data.pipeline.eval_batches`.
     """
     images = agreeing = 0
-    extremes = np.zeros((2, 1))  # Of each output: the largest difference, and number.
+    extremes = np.zeros((2, 1))  # For each output the largest difference, and our largest number.
     correct = np.zeros((2, 2), int)
     for batch in batches:
         real = batch["mask"] > 0
@@ -62,40 +89,63 @@ def measure_agreement(ours, theirs, batches):
             agreeing += int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
     with np.errstate(invalid="ignore"):
         worst = int(np.argmax(extremes[0] / np.where(extremes[1] > 0, extremes[1], 1)))  # NaN counts as the largest.
-    return Agreement(images, *map(float, extremes[:, worst]), agreeing, *map(tuple, correct.tolist()))
+    (our_top1, our_top5), (their_top1, their_top5) = correct.tolist()
+    difference, largest = extremes[:, worst].tolist()
+    return Agreement(images, difference, largest, agreeing, (our_top1, our_top5), (their_top1, their_top5))
 
 
-def last(logits, features):
-    """What weights alone are compared by: logits, or of backbones the last feature."""
+def last(logits: Logits | None, features: Features) -> Array:
+    """Return the output by which weights are compared: logits, or the last feature of a backbone.
+
+    Args:
+      logits: (B, num_classes), or None.
+      features: of the network.
+    """
     return logits if logits is not None else features.get("pooled", features["stage4"])
 
 
-def nchw(images):
-    """(B, H, W, C) as (B, C, H, W)."""
+def nchw(images: Float[Array, "batch height width channels"]) -> Float[np.ndarray, "batch channels height width"]:
+    """Transpose (B, H, W, C) to (B, C, H, W).
+
+    Args:
+      images: (B, H, W, C).
+    """
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def nhwc(outputs):
-    """(B, C, H, W) as (B, H, W, C); what has no pixels stays as it is."""
+def nhwc(outputs: Array) -> Array:
+    """Transpose (B, C, H, W) to (B, H, W, C); return arrays without pixels as they are.
+
+    Args:
+      outputs: (B, C, H, W) or (B, C).
+    """
     return outputs.transpose(0, 2, 3, 1) if outputs.ndim == 4 else outputs
 
 
-def example_pictures():
-    """The photographs inside scikit-learn: {name: uint8 (H, W, 3)}."""
+def example_pictures() -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
+    """Return the photographs inside scikit-learn: {name: uint8 (H, W, 3)}."""
     from sklearn.datasets import load_sample_images
 
     pictures = load_sample_images()
     return dict(zip(map(os.path.basename, pictures.filenames), pictures.images, strict=True))
 
 
-def photographs(model, batch_size):
-    """Batches of parts of the two photographs inside scikit-learn, prepared for a Model: no labels."""
-    crops = []
+def photographs(model: Preparing, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches of parts of the two photographs inside scikit-learn, without labels.
+
+    Args:
+      model: prepares the images.
+      batch_size: images of each batch; the last one is padded.
+
+    Yields:
+      {"images": uint8 (B, H, W, C), "mask": (B,), 0 for padding}.
+    """
+    parts = []
     for picture in example_pictures().values():
         height, width = picture.shape[:2]
         halves = [slice(None), slice(height // 2), slice(height // 2, None)]
-        crops += [model.preprocess(picture[rows, : width // 2 if rows.stop else None])[0] for rows in halves]
-    crops = np.stack(crops)
+        parts += [model.preprocess(picture[rows, : width // 2 if rows.stop else None])[0] for rows in halves]
+    crops = np.stack(parts)
     for start in range(0, len(crops), batch_size):
         images = crops[start : start + batch_size]
         mask = np.arange(batch_size) < len(images)

@@ -1,4 +1,4 @@
-"""Headless Chromium, where there is one: it runs a page that web.py writes, on images that it is sent."""
+"""Headless Chromium, if there is one: it runs a page from web.py on images that we send."""
 
 import http.server
 import os
@@ -10,11 +10,13 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SECONDS = 120.0  # After which an answer is given up: of 14 MB of WebAssembly on a busy machine the first takes a while.
+SECONDS = 120.0  # Longest wait for an answer; the first one of 14 MB of WebAssembly takes long on a busy machine.
 OPTIONS = (
     *("--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--disable-extensions", "--disable-quic", "--mute-audio"),
@@ -39,7 +41,7 @@ try {
 
 
 class BrowserError(Exception):
-    """The page does not do what it should."""
+    """The page fails."""
 
 
 @cache
@@ -59,11 +61,17 @@ class Page:
 
     Args:
       path: the page, or the folder that holds it as index.html.
+
+    Attributes:
+      requests: (content, type) of what the page has to answer.
+      answers: its answers, or a str that describes an error.
+      folder: of the page.
+      html: path of the page.
     """
 
     def __init__(self, path: Path) -> None:
-        self.requests: queue.Queue = queue.Queue()
-        self.answers: queue.Queue = queue.Queue()
+        self.requests: queue.Queue[tuple[bytes, str]] = queue.Queue()
+        self.answers: queue.Queue[bytes | str] = queue.Queue()
         self.folder, self.html = (path, path / "index.html") if path.is_dir() else (path.parent, path)
         self._profile = tempfile.mkdtemp(prefix="shufflenet_jax.")
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -74,16 +82,30 @@ class Page:
         words += [f"http://127.0.0.1:{self._server.server_port}/"]
         self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def logits(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        """Return [logits (B, num_classes)] of uint8 crops (B, H, W, C), one after the other."""
+    def logits(self, images: UInt8[np.ndarray, "batch height width channels"]) -> Sequence[np.ndarray]:
+        """Return [logits (B, num_classes)] of images, which it sends one after the other.
+
+        Args:
+          images: uint8 crops (B, H, W, C).
+
+        Raises:
+          BrowserError: the page gives no answer, or fails.
+        """
         rows = [np.frombuffer(self._ask(image.tobytes(), "application/octet-stream"), np.float32) for image in images]
         return [np.stack(rows)]
 
     def prepared(self, png: bytes) -> np.ndarray:
-        """Return the pixels, flat, that the page makes of an encoded picture."""
+        """Return the uint8 pixels, flat, to which the page converts an encoded picture.
+
+        Args:
+          png: the picture.
+
+        Raises:
+          BrowserError: the page gives no answer, or fails.
+        """
         return np.frombuffer(self._ask(png, "image/png"), np.uint8)
 
-    def _ask(self, content, kind):
+    def _ask(self, content: bytes, kind: str) -> bytes:
         self.requests.put((content, kind))
         try:
             answer = self.answers.get(timeout=SECONDS)
@@ -106,12 +128,12 @@ class Page:
         shutil.rmtree(self._profile, ignore_errors=True)
 
 
-def _handler(page):
+def _handler(page: Page) -> type[http.server.SimpleHTTPRequestHandler]:
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
+        def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of the base class.
             super().__init__(*args, directory=str(page.folder))
 
-        def do_GET(self):
+        def do_GET(self) -> None:
             if self.path == "/":
                 html = page.html.read_text(encoding="utf-8").replace("</body>", CLIENT + "</body>")
                 self._send(html.encode(), "text/html; charset=utf-8")
@@ -120,19 +142,19 @@ def _handler(page):
             else:
                 super().do_GET()
 
-        def do_POST(self):
+        def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             page.answers.put(content if self.path == "/check/answer" else content.decode(errors="replace"))
             self._send(b"", "text/plain")
 
-        def _send(self, content, kind):
+        def _send(self, content: bytes, kind: str) -> None:
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_):
+        def log_message(self, *_: object) -> None:
             pass
 
     return Handler

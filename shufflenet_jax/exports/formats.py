@@ -1,4 +1,4 @@
-"""The formats of `export`, one entry of a table each: how a file is written, and run again to be compared."""
+"""The formats of `export`, one entry of a table each: how to write a file, and how to run it for comparison."""
 
 import importlib.metadata
 import io
@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from ..data import normalization
 from ..data.labels import class_name
 from ..inference import Model
 from ..porting.dialects import DIALECTS
-from .agreement import example_pictures, last, nchw, nhwc
+from . import browser
+from .agreement import Outputs, example_pictures, last, nchw, nhwc
 from .network import Signature, outputs_of
 from .quantization import Quantization
 from .tensors import metadata_of
@@ -24,91 +26,159 @@ from .tensors import metadata_of
 logger = logging.getLogger(__name__)
 
 MOST_PIXEL_DIFFERENCE = 1  # Of 255, between a browser's preparation of a photograph and ours: one rounding.
-Outputs = Sequence[np.ndarray]
+Pixels = UInt8[np.ndarray, "batch height width channels"]
 
 
 class Written(NamedTuple):
-    """A file that is loaded again."""
+    """A file that is loaded again.
 
-    called: str  # The runtime.
-    run: Callable[[np.ndarray], Outputs]  # Outputs, channels last, of what the file takes, channels last.
-    takes: Callable[[np.ndarray], np.ndarray]  # What the file takes, of uint8 images (B, H, W, C).
-    close: Callable[[], None] = lambda: None  # Ends what runs it.
+    Attributes:
+      called: name of the runtime.
+      run: function from the file's input to its outputs, channels last.
+      takes: function from uint8 images (B, H, W, C) to the file's input, channels last.
+      close: ends the runtime.
+    """
+
+    called: str
+    run: Callable[[np.ndarray], Outputs]
+    takes: Callable[[np.ndarray], np.ndarray]
+    close: Callable[[], None] = lambda: None
 
     def __call__(self, images: np.ndarray) -> Outputs:
+        """Return the outputs for uint8 images (B, H, W, C)."""
         return self.run(self.takes(images))
 
 
 class Watched(NamedTuple):
-    """A network whose activations can be seen, to choose ranges for 8 bits."""
+    """A network with visible activations, to choose ranges for 8 bits.
 
-    watch: Callable[[np.ndarray], dict[str, np.ndarray]]  # All activations of normalized images (B, H, W, C).
-    groups: dict[str, str] | None  # {activation: the group whose range it shares}.
+    Attributes:
+      watch: function from normalized images (B, H, W, C) to all activations.
+      groups: {activation: the group whose range it shares}; None means that none share.
+    """
+
+    watch: Callable[[np.ndarray], dict[str, np.ndarray]]
+    groups: dict[str, str] | None
 
 
 class Format(NamedTuple):
-    """What there is to know of a format."""
+    """A format of files.
 
-    ending: str  # Of the file's name.
-    write: Callable[..., Written]  # Of (path, model, signature), with 8 bits a Quantization, and its `settings`.
-    packages: tuple[str, ...] = ()  # Of extras, that must be installed: see installation.py.
-    arguments: frozenset[str] = frozenset()  # Of `export`, that not all formats take.
-    settings: tuple[str, ...] = ()  # Those arguments that `write` takes by their names.
-    folder: bool = False  # Whether it is a folder of files.
-    batch: int | None = None  # Images a call where nothing is said; None: any number.
-    watch: Callable[[Model, Signature], Watched] | None = None  # For 8 bits with ranges.
-    dynamic: bool = False  # Whether there are 8 bits without ranges too.
+    Attributes:
+      ending: of the file's name.
+      write: function of (path, model, signature), for 8 bits a Quantization, and its `settings`.
+      packages: required packages of extras, see installation.py.
+      arguments: those of `export` that not all formats take.
+      settings: those arguments that `write` takes by their names.
+      folder: whether it is a folder of files.
+      batch: default number of images per call; None means any number.
+      watch: function that returns a Watched, for 8 bits with ranges.
+      dynamic: whether it also has 8 bits without ranges.
+    """
+
+    ending: str
+    write: Callable[..., Written]
+    packages: tuple[str, ...] = ()
+    arguments: frozenset[str] = frozenset()
+    settings: tuple[str, ...] = ()
+    folder: bool = False
+    batch: int | None = None
+    watch: Callable[[Model, Signature], Watched] | None = None
+    dynamic: bool = False
 
 
-def run_ours(model: Model, signature: Signature, images: np.ndarray) -> Outputs:
-    """Return the outputs of our network for uint8 images (B, H, W, C), in the order of an exported file."""
+def run_ours(model: Model, signature: Signature, images: Pixels) -> Outputs:
+    """Return the outputs of our network in the order of an exported file.
+
+    Args:
+      model: the network.
+      signature: of the file.
+      images: uint8 (B, H, W, C).
+    """
     logits, features = model.outputs(images)
     outputs = {**features, "logits": logits}
     return [np.asarray(outputs[name]) for name in outputs_of(model.module, features=signature.features)]
 
 
-def normalized(model: Model, images: np.ndarray) -> np.ndarray:
-    """Return uint8 images (B, H, W, C) as the network takes them."""
+def normalized(model: Model, images: Pixels) -> Float[np.ndarray, "batch height width channels"]:
+    """Normalize images as the network takes them.
+
+    Args:
+      model: the network.
+      images: uint8 (B, H, W, C).
+    """
     return np.asarray(normalization.normalize(images, model.info.preprocess))
 
 
 def described(model: Model, signature: Signature) -> dict[str, str]:
-    """Return model.json, and the images' height and width where they were chosen, as {name: JSON text}."""
+    """Return the contents of model.json, and a chosen size of the images, as {name: JSON text}.
+
+    Args:
+      model: the network.
+      signature: of the file.
+    """
     height_width = {"resolution": f"[{signature.size[0]}, {signature.size[1]}]"} if signature.size else {}
     return {**metadata_of(model.info), **height_width}
 
 
-def taking(model, signature):
+def taking(model: Model, signature: Signature) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the function from uint8 images to a file's input.
+
+    Args:
+      model: the network.
+      signature: of the file.
+    """
     return (lambda images: images) if signature.with_preprocessing else partial(normalized, model)
 
 
-def version_of(package):
+def version_of(package: str) -> str:
+    """Return the version of an installed package.
+
+    Args:
+      package: its name.
+    """
     return importlib.metadata.version(package)
 
 
 def write_stablehlo(path: Path, model: Model, signature: Signature) -> Written:
+    """Write a StableHLO file.
+
+    Args:
+      path: of the file.
+      model: the network.
+      signature: its input and outputs.
+    """
     from . import stablehlo
 
     stablehlo.save(path, model, **signature._asdict())
     network = stablehlo.load(path)
 
-    def run(images):
+    def run(images: np.ndarray) -> Outputs:
         outputs = network(images)
-        return [np.asarray(output) for output in (outputs.values() if signature.features else [outputs])]
+        return [np.asarray(output) for output in (outputs.values() if isinstance(outputs, dict) else [outputs])]
 
     return Written(f"JAX {jax.__version__}, re-loaded", run, taking(model, signature))
 
 
 def write_onnx(path: Path, model: Model, signature: Signature, quantization: Quantization | None = None) -> Written:
+    """Write an ONNX file.
+
+    Args:
+      path: of the file.
+      model: the network.
+      signature: its input and outputs.
+      quantization: how to compute in 8 bits; None computes in float32.
+    """
     import onnx
 
     from . import graph, runtime
 
-    settings = {**signature._asdict(), "quantization": quantization, "metadata": described(model, signature)}
+    settings: dict[str, Any] = {**signature._asdict(), "quantization": quantization}
+    settings["metadata"] = described(model, signature)
     onnx.save(graph.make_model(model.module, model.variables, model.info.preprocess, **settings)[0], path)
     session = runtime.load(path)
 
-    def run(images):
+    def run(images: np.ndarray) -> Outputs:
         return [
             nhwc(output) for output in runtime.run(session, images if signature.with_preprocessing else nchw(images))
         ]
@@ -118,14 +188,28 @@ def write_onnx(path: Path, model: Model, signature: Signature, quantization: Qua
 
 
 def watch_onnx(model: Model, signature: Signature) -> Watched:
+    """Return the network in ONNX with visible activations.
+
+    Args:
+      model: the network.
+      signature: of the file to write.
+    """
     from . import graph, runtime
 
-    settings = {"size": signature.size, "features": signature.features}
+    settings: dict[str, Any] = {"size": signature.size, "features": signature.features}
     watched = runtime.watch(*graph.make_model(model.module, model.variables, model.info.preprocess, **settings))
     return Watched(lambda images: watched(nchw(images)), None)
 
 
 def write_tflite(path: Path, model: Model, signature: Signature, quantization: Quantization | None = None) -> Written:
+    """Write a .tflite file.
+
+    Args:
+      path: of the file.
+      model: the network.
+      signature: its input and outputs.
+      quantization: how to compute in 8 bits; None computes in float32.
+    """
     from . import litert, tflite
 
     written = tflite.make_model(
@@ -143,13 +227,23 @@ def write_tflite(path: Path, model: Model, signature: Signature, quantization: Q
 
 
 def labels_of(classes: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files of class names in a .tflite file: the classes' own, and short English ones of WNIDs."""
+    """Return the files of class names in a .tflite file: the classes' own, and short English ones of WNIDs.
+
+    Args:
+      classes: names of the classes.
+    """
     names = [class_name(classes, label) for label in range(len(classes))]
     labels = {"labels.txt": list(classes), "labels_en.txt": names}
     return {file: lines for file, lines in labels.items() if lines and (file == "labels.txt" or names != list(classes))}
 
 
 def watch_tflite(model: Model, signature: Signature) -> Watched:
+    """Return the network in TFLite with visible activations.
+
+    Args:
+      model: the network.
+      signature: of the file to write.
+    """
     from . import litert, tflite
 
     written = tflite.make_model(model, signature._replace(batch=None, with_preprocessing=False), watched=True)
@@ -159,7 +253,16 @@ def watch_tflite(model: Model, signature: Signature) -> Watched:
 def write_web(
     path: Path, model: Model, signature: Signature, *, runtime: Path | None = None, single_file: bool = False
 ) -> Written:
-    from . import browser, graph, web
+    """Write a page that classifies pictures in the browser.
+
+    Args:
+      path: of the page, or of its folder.
+      model: the network.
+      signature: its input and outputs.
+      runtime: package of onnxruntime-web; None downloads the files.
+      single_file: whether the page is one file.
+    """
+    from . import graph, web
     from . import runtime as onnx_runtime
 
     web.require_classifier(model)
@@ -173,21 +276,22 @@ def write_web(
     web.write_page(path, html, contents, single=single_file)
     if browser.find():
         page = browser.Page(path)
-        require_same_pixels(model, signature, page)
+        require_same_pixels(model, page)
         return Written(f"{web.RUNTIME} in {browser.version()}", page.logits, np.asarray, page.close)
-    logger.warning(
-        "there is no Chromium here, in which the page would be compared; its network is compared in ONNX Runtime alone"
-    )
+    logger.warning("there is no Chromium here to compare the page; only its network is compared, in ONNX Runtime")
     session = onnx_runtime.load(network)
     run = partial(onnx_runtime.run, session)
     one_by_one = lambda images: [np.concatenate([run(image[None])[0] for image in images])]  # noqa: E731
     return Written(f"ONNX Runtime {version_of('onnxruntime')}", one_by_one, np.asarray)
 
 
-def require_same_pixels(model: Model, signature: Signature, page: Any) -> None:
-    """Raise BrowserError if a page prepares photographs in another way than we do."""
-    from .browser import BrowserError
+def require_same_pixels(model: Model, page: "browser.Page") -> None:
+    """Raise BrowserError if a page prepares photographs in another way than we do.
 
+    Args:
+      model: the network.
+      page: in Chromium.
+    """
     for name, picture in example_pictures().items():
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "PNG")
@@ -195,15 +299,21 @@ def require_same_pixels(model: Model, signature: Signature, page: Any) -> None:
         try:
             theirs = page.prepared(file.getvalue()).reshape(ours.shape)
             difference = int(np.abs(theirs.astype(int) - ours).max())
-        except BrowserError:
+        except browser.BrowserError:
             page.close()
             raise
         if difference > MOST_PIXEL_DIFFERENCE:
             page.close()
-            raise BrowserError(f"the page prepares {name} otherwise, by up to {difference} of 255")
+            raise browser.BrowserError(f"the page prepares {name} differently, by up to {difference} of 255")
 
 
-def write_safetensors(path: Path, model: Model, signature: Signature) -> Written:
+def write_safetensors(path: Path, model: Model, _: Signature) -> Written:
+    """Write the weights as a safetensors file.
+
+    Args:
+      path: of the file.
+      model: the network.
+    """
     from . import tensors
 
     tensors.save_safetensors(path, model)
@@ -211,7 +321,14 @@ def write_safetensors(path: Path, model: Model, signature: Signature) -> Written
     return Written("Flax, from safetensors", lambda images: [np.asarray(last(*again.outputs(images)))], np.asarray)
 
 
-def write_torch(dialect: str, path: Path, model: Model, signature: Signature) -> Written:
+def write_torch(dialect: str, path: Path, model: Model, _: Signature) -> Written:
+    """Write the weights as a PyTorch file.
+
+    Args:
+      dialect: whose names it has.
+      path: of the file.
+      model: the network.
+    """
     from . import tensors
 
     tensors.save_torch(path, model, dialect)

@@ -1,47 +1,54 @@
 """A trained network as an ONNX graph, written node by node: batch norm folded, no shuffles, any number of images.
 
-torch.onnx's exporter would need PyTorch and onnxscript and knows neither our small stems nor networks for grey images;
-its graphs keep the shuffles, which cost ONNX Runtime a few percent.
+torch.onnx's exporter would need PyTorch and onnxscript, and supports neither our small stems nor networks for grey
+images; its graphs keep the shuffles, which cost ONNX Runtime a few percent.
 """
+
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..config import Preprocess
 from ..deploy import arrange, fold
+from ..model import ShuffleNetV2
+from ..shapes import Params, Variables
 from .network import Piece, add_network, outputs_of
-from .quantization import round_weights, rounding_of
+from .quantization import Quantization, Rounding, round_weights, rounding_of
 
-OPSET, IR_VERSION = 17, 8  # Of 2022: ONNX Runtime 1.12 and later, and what else is in use, read them.
+OPSET, IR_VERSION = 17, 8  # Of 2022, which ONNX Runtime 1.12 and later, and other common runtimes, can read.
 
 
 def make_model(
-    module,
-    variables,
-    preprocess,
+    module: ShuffleNetV2,
+    variables: Variables,
+    preprocess: Preprocess,
     *,
-    batch=None,
-    size=None,
-    with_preprocessing=False,
-    features=False,
-    quantization=None,
-    metadata=None,
-):
-    """The network as an ONNX model.
+    batch: int | None = None,
+    size: tuple[int, int] | None = None,
+    with_preprocessing: bool = False,
+    features: bool = False,
+    quantization: Quantization | None = None,
+    metadata: dict[str, str] | None = None,
+) -> tuple[onnx.ModelProto, list[str]]:
+    """Convert a network to an ONNX model.
 
     Args:
-      module, variables: a ShuffleNetV2 and its {"params", "batch_stats"}.
-      preprocess: its Preprocess: the side of the images, and how they are normalised.
-      batch: images a call; None leaves it open.
-      size: (height, width) of the images; None: those of the preprocessing.
-      with_preprocessing: take uint8 (batch, height, width, C) crops in RGB or grey instead of normalised float32
+      module: the network.
+      variables: its {"params", "batch_stats"}.
+      preprocess: size of the images, and how to normalize them.
+      batch: images per call; None means any number.
+      size: (height, width) of the images; None means those of the preprocessing.
+      with_preprocessing: take uint8 (batch, height, width, C) crops in RGB or grey instead of normalized float32
         (batch, C, height, width).
-      features: put out the stages instead of logits.
-      quantization: a Quantization; None computes in float32.
-      metadata: {name: text} to keep in it.
+      features: return the stages instead of logits.
+      quantization: how to compute in 8 bits; None computes in float32.
+      metadata: {name: text} to store in the model.
+
     Returns:
-      (ModelProto, names of the activations that 8 bits need ranges of). Its input is `images`; its outputs are those of
-      `outputs_of`.
+      (the model, names of the activations that need ranges for 8 bits). The model's input is `images`; its outputs are
+      those of `outputs_of`.
     """
     graph = Graph(quantization)
     rows, channels = batch or "batch", preprocess.channels
@@ -49,11 +56,11 @@ def make_model(
     images = "images"
     if with_preprocessing:
         images = _normalized(graph, preprocess)
-        if quantization:  # Its ranges are those of a graph that takes normalised images.
+        if quantization and quantization.ranges:  # They belong to a graph that takes normalized images.
             ranges = quantization.ranges
             graph.quantization = quantization._replace(ranges={**ranges, images: ranges["images"]})
-    outputs = outputs_of(module, features=features)
-    outputs = add_network(graph, module, arrange(module, fold(variables)), graph.activation(images), outputs)
+    names = outputs_of(module, features=features)
+    outputs = add_network(graph, module, arrange(module, fold(variables)), graph.activation(images), names)
     kind, shape = TensorProto.FLOAT, [rows, channels, height, width]
     if with_preprocessing:
         kind, shape = TensorProto.UINT8, [rows, height, width, channels]
@@ -73,46 +80,89 @@ def make_model(
     return model, graph.activations
 
 
+Attribute: TypeAlias = Any  # ONNX has attributes of several types.
+
+
 class Graph:
-    """Nodes and constants as they are added. A node has the name of its output."""
+    """A graph of nodes and constants. A node has the name of its output.
 
-    def __init__(self, quantization):
+    Args:
+      quantization: how to compute in 8 bits; None computes in float32.
+
+    Attributes:
+      quantization: the same.
+      nodes: of the graph, in order.
+      constants: {name: array}.
+      activations: names of the activations that need ranges for 8 bits.
+    """
+
+    def __init__(self, quantization: Quantization | None) -> None:
         self.quantization = quantization
-        self.nodes, self.constants, self.activations, self._scales = [], {}, [], {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+        self.activations: list[str] = []
+        self._scales: dict[str, Rounding] = {}
 
-    def node(self, kind, *inputs, name, **attributes):
+    def node(self, kind: str, *inputs: str, name: str, **attributes: Attribute) -> str:
+        """Add a node, and return its name.
+
+        Args:
+          kind: the operator.
+          inputs: names of its inputs.
+          name: of the node and its output.
+          attributes: of the operator.
+        """
         self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
         return name
 
-    def constant(self, array, name):
+    def constant(self, array: np.ndarray | np.generic, name: str) -> str:
+        """Add a constant, and return its name.
+
+        Args:
+          array: its value.
+          name: of the constant.
+        """
         self.constants[name] = np.ascontiguousarray(array)
         return name
 
-    def numbers(self, *values):
+    def numbers(self, *values: int) -> str:
+        """Add a constant of integers, and return its name.
+
+        Args:
+          values: the integers.
+        """
         return self.constant(np.array(values, np.int64), "numbers/" + "_".join(map(str, values)))
 
-    def activation(self, x, *, like=None):
-        """An activation as those that take it see it: with quantisation, rounded to 8 bits.
+    def activation(self, x: str, *, like: str | None = None) -> str:
+        """Return the name of an activation for the layers that take it: with quantization, rounded to 8 bits.
 
         Args:
           x: its name.
-          like: the rounded activation whose range it shares; None gives it one of its own.
+          like: the rounded activation whose range it shares; None gives it its own range.
         """
         if like is None:
             self.activations.append(x)
-        if self.quantization is None:
+        if self.quantization is None or self.quantization.ranges is None:
             return x
         rounding = self._scales[like] if like else rounding_of(*self.quantization.ranges[x])
-        values = {"scale": rounding.scale, "zero": np.uint8(rounding.zero)}
+        values: dict[str, np.generic] = {"scale": rounding.scale, "zero": np.uint8(rounding.zero)}
         parameters = [self.constant(value, f"{x}/{name}") for name, value in values.items()]
         whole = self.node("QuantizeLinear", x, *parameters, name=f"{x}/quantized")
         rounded = self.node("DequantizeLinear", whole, *parameters, name=f"{x}/rounded")
         self._scales[rounded] = rounding
         return rounded
 
-    def weights(self, x, kernel, bias, name):
-        """The names of a layer's kernel (O, ...) and bias (O,), which may be None, for what follows x."""
-        kernel, bias = (None if array is None else np.asarray(array, np.float32) for array in (kernel, bias))
+    def weights(self, x: str, kernel: np.ndarray, bias: np.ndarray | None, name: str) -> list[str]:
+        """Add a layer's weights, and return their names.
+
+        Args:
+          x: name of the layer's input.
+          kernel: (O, ...).
+          bias: (O,), or None.
+          name: of the layer.
+        """
+        kernel = np.asarray(kernel, np.float32)
+        bias = None if bias is None else np.asarray(bias, np.float32)
         if self.quantization is None:
             named = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
             return [self.constant(array, f"{name}/{leaf}") for leaf, array in named.items()]
@@ -123,16 +173,23 @@ class Graph:
             rounded.append(self._per_row(whole_bias, (unit * steps).astype(np.float32), f"{name}/bias"))
         return rounded
 
-    def _per_row(self, whole, scale, name):
+    def _per_row(self, whole: np.ndarray, scale: np.ndarray, name: str) -> str:
         zeros = np.zeros(len(whole), whole.dtype)
         inputs = (whole, f"{name}/quantized"), (scale, f"{name}/scale"), (zeros, f"{name}/zero")
         return self.node("DequantizeLinear", *(self.constant(*given) for given in inputs), name=name, axis=0)
 
-    def layer(self, x, params, name, *, stride=1):
-        """A convolution and, unless it is a depthwise one, bias and ReLU."""
+    def layer(self, x: str, params: Params, name: str, *, stride: int = 1) -> str:
+        """Add a convolution and, unless it is a depthwise one, bias and ReLU.
+
+        Args:
+          x: name of its input.
+          params: {"conv": {"kernel", "bias"}}.
+          name: of its output.
+          stride: in both directions.
+        """
         kernel = np.asarray(params["conv"]["kernel"])
         size, pad, bias = kernel.shape[0], (kernel.shape[0] - 1) // 2, params["conv"].get("bias")
-        settings = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
+        settings: dict[str, Any] = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
         settings["group"] = 1 if bias is not None else kernel.shape[-1]
         inputs = x, *self.weights(x, kernel.transpose(3, 2, 0, 1), bias, name)
         if bias is None:
@@ -141,12 +198,24 @@ class Graph:
             self.node("Relu", self.node("Conv", *inputs, name=f"{name}/conv", **settings), name=name)
         )
 
-    def max_pool(self, x, name):
+    def max_pool(self, x: str, name: str) -> str:
+        """Add the stem's pooling.
+
+        Args:
+          x: name of its input.
+          name: of its output.
+        """
         pooled = self.node("MaxPool", x, name=name, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
         return self.activation(pooled, like=x)
 
-    def cut(self, piece, channels, name):
-        """The Piece with a slice of a piece's channels."""
+    def cut(self, piece: Piece, channels: slice, name: str) -> Piece:
+        """Add a slice of a piece's channels.
+
+        Args:
+          piece: the piece.
+          channels: the slice.
+          name: of its output.
+        """
         count = len(range(*channels.indices(piece.channels)))
         if count == piece.channels:
             return piece
@@ -154,29 +223,55 @@ class Graph:
         cut = self.node("Slice", piece.name, *map(self.numbers, bounds), name=name)
         return Piece(self.activation(cut, like=piece.name), count)
 
-    def join(self, pieces, name):
+    def join(self, pieces: list[Piece], name: str) -> str:
+        """Add a concatenation of channels.
+
+        Args:
+          pieces: in their order.
+          name: of its output.
+        """
         if len(pieces) == 1:
             return pieces[0].name
         return self.activation(self.node("Concat", *(piece.name for piece in pieces), name=name, axis=1))
 
-    def reorder(self, x, order, name):
+    def reorder(self, x: str, order: np.ndarray, name: str) -> str:
+        """Add a permutation of channels.
+
+        Args:
+          x: name of its input.
+          order: int (C,), for each output channel its input channel.
+          name: of its output.
+        """
         return self.node("Gather", x, self.constant(order, f"{name}/order"), name=name, axis=1)
 
-    def global_mean(self, x, name):
+    def global_mean(self, x: str, name: str) -> str:
+        """Add the mean over all pixels, (B, C).
+
+        Args:
+          x: name of its input.
+          name: of its output.
+        """
         mean = self.activation(self.node("GlobalAveragePool", x, name="mean"))
         pooled = self.node("Flatten", mean, name=name)
         if self.quantization:
             self._scales[pooled] = self._scales[mean]
         return pooled
 
-    def dense(self, x, params, name):
+    def dense(self, x: str, params: Params, name: str) -> str:
+        """Add the classifier.
+
+        Args:
+          x: name of its input.
+          params: {"kernel", "bias"}.
+          name: of its output.
+        """
         x = self.activation(x, like=x)
         inputs = x, *self.weights(x, np.asarray(params["kernel"]).T, params.get("bias"), "fc")
         return self.node("Gemm", *inputs, name=name, transB=1)
 
 
-def _normalized(graph, preprocess):
-    """`normalization.normalize` of the uint8 images, and channels first."""
+def _normalized(graph: Graph, preprocess: Preprocess) -> str:
+    """Add the normalization of uint8 images, and move channels to the front."""
     x = graph.node("Cast", "images", name="images/float", to=TensorProto.FLOAT)
     if preprocess.channel_order == "BGR":
         x = graph.node("Gather", x, graph.numbers(2, 1, 0), name="images/bgr", axis=3)

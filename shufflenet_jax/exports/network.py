@@ -1,36 +1,50 @@
-"""The deployed network as formats write it: layers, and slices and concatenations of channels in place of shuffles."""
+"""The deployed network in any format: layers, and slices and concatenations of channels instead of shuffles."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..deploy import plans
 from ..model import ShuffleNetV2
+from ..shapes import Params
 
-FEATURES = ("stage2", "stage3", "stage4")  # What an export of features puts out, in the network's order of channels.
+FEATURES = ("stage2", "stage3", "stage4")  # The outputs of an export of features, in the network's order of channels.
 
 
 class Signature(NamedTuple):
-    """What an exported network takes and puts out."""
+    """The input and outputs of an exported network.
 
-    batch: int | None = None  # Images a call; None: any number.
-    size: tuple[int, int] | None = None  # Height and width of the images; None: those of the preprocessing.
-    with_preprocessing: bool = False  # Takes uint8 crops instead of normalized float32.
-    features: bool = False  # Puts out FEATURES instead of logits.
+    Attributes:
+      batch: images per call; None means any number.
+      size: height and width of the images; None means those of the preprocessing.
+      with_preprocessing: whether it takes uint8 crops instead of normalized float32.
+      features: whether it returns FEATURES instead of logits.
+    """
+
+    batch: int | None = None
+    size: tuple[int, int] | None = None
+    with_preprocessing: bool = False
+    features: bool = False
 
 
 class Piece(NamedTuple):
-    """An activation by its name, and how many channels it has."""
+    """An activation.
+
+    Attributes:
+      name: of the activation.
+      channels: their number.
+    """
 
     name: str
     channels: int
 
 
+@runtime_checkable
 class Graph(Protocol):
-    """What a format's graph can add. Each method takes and returns activations by their names."""
+    """The operations that a format's graph can add. Each method takes and returns activations by their names."""
 
-    def layer(self, x: str, params: dict[str, Any], name: str, *, stride: int = 1) -> str:
+    def layer(self, x: str, params: Params, name: str, *, stride: int = 1) -> str:
         """Add a convolution and, unless it is a depthwise one, bias and ReLU."""
 
     def max_pool(self, x: str, name: str) -> str:
@@ -48,12 +62,17 @@ class Graph(Protocol):
     def global_mean(self, x: str, name: str) -> str:
         """Add the mean over all pixels, (B, C)."""
 
-    def dense(self, x: str, params: dict[str, Any], name: str) -> str:
+    def dense(self, x: str, params: Params, name: str) -> str:
         """Add the classifier."""
 
 
 def outputs_of(module: ShuffleNetV2, *, features: bool = False) -> tuple[str, ...]:
-    """Return the names of what an export puts out: FEATURES, logits, or of backbones the last feature."""
+    """Return the names of an export's outputs: FEATURES, logits, or the last feature of a backbone.
+
+    Args:
+      module: the network.
+      features: whether to return FEATURES.
+    """
     if features:
         return FEATURES
     if not module.conv5:
@@ -61,17 +80,16 @@ def outputs_of(module: ShuffleNetV2, *, features: bool = False) -> tuple[str, ..
     return ("logits",) if module.num_classes else ("pooled",)
 
 
-def add_network(
-    graph: Graph, module: ShuffleNetV2, params: dict[str, Any], images: str, outputs: Sequence[str]
-) -> list[str]:
-    """Add the network to a graph, no further than its outputs need.
+def add_network(graph: Graph, module: ShuffleNetV2, params: Params, images: str, outputs: Sequence[str]) -> list[str]:
+    """Add the network to a graph, up to its last output.
 
     Args:
       graph: of any format.
-      module: a ShuffleNetV2.
+      module: the network.
       params: its folded parameters, arranged by `deploy.arrange`.
-      images: the name of the normalized images.
-      outputs: names of `outputs_of`.
+      images: name of the normalized images.
+      outputs: names from `outputs_of`.
+
     Returns:
       The names of the outputs in the graph.
     """
@@ -102,17 +120,17 @@ def add_network(
     return [made[name] for name in outputs]
 
 
-def _first_unit(graph, x, unit, name):
+def _first_unit(graph: Graph, x: str, unit: Params, name: str) -> list[Piece]:
     left = graph.layer(x, unit["left_dw"], f"{name}/left_dw", stride=2)
     left = graph.layer(left, unit["left_pw"], f"{name}/left_pw")
     return [Piece(left, _channels(unit["left_pw"])), _right_branch(graph, x, unit, name, stride=2)]
 
 
-def _right_branch(graph, x, unit, name, *, stride):
+def _right_branch(graph: Graph, x: str, unit: Params, name: str, *, stride: int) -> Piece:
     x = graph.layer(x, unit["right_pw1"], f"{name}/right_pw1")
     x = graph.layer(x, unit["right_dw"], f"{name}/right_dw", stride=stride)
     return Piece(graph.layer(x, unit["right_pw2"], f"{name}/right_pw2"), _channels(unit["right_pw2"]))
 
 
-def _channels(layer):
+def _channels(layer: Params) -> int:
     return layer["conv"]["kernel"].shape[-1]

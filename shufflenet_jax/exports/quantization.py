@@ -4,47 +4,66 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Int, Int8, Int32
 
 LEVELS = 255  # Steps of an activation in 8 bits.
 BINS = 2048
-SHARES = np.linspace(0.3, 1, 71)  # Of the whole range of an activation: what 8 bits may stand for.
-# Of an activation of more values than FEW every SPARSE-th is looked at for its histogram.
+SHARES = np.linspace(0.3, 1, 71)  # Candidates for the range of 8 bits, as shares of an activation's range.
+# Histograms of activations with more values than FEW use only every SPARSE-th.
 FEW, SPARSE = 2**15, 16
 
 
 class Quantization(NamedTuple):
-    """How a graph computes in 8 bits."""
+    """How a graph computes in 8 bits.
 
-    # {activation: (least, largest) value that its 8 bits stand for}; None: weights alone have 8 bits, and activations
-    # are rounded as they come.
-    ranges: dict | None
-    largest_weight: int  # 127, or 63 where products of 8 bits would overflow.
+    Attributes:
+      ranges: {activation: (least, largest) value that 8 bits represent}; None means that only weights have 8 bits, and
+        activations are rounded at run time.
+      largest_weight: 127, or 63 if products of 8 bits would overflow.
+    """
+
+    ranges: dict[str, tuple[float, float]] | None
+    largest_weight: int
 
 
 class Rounding(NamedTuple):
-    """An activation's 8 bits: `scale` times what they are above `zero`, from 0 to LEVELS."""
+    """The meaning of an activation's 8 bits, 0 to LEVELS: `scale * (bits - zero)`.
+
+    Attributes:
+      scale: of a level.
+      zero: the level of 0.
+    """
 
     scale: np.float32
     zero: int
 
 
 def rounding_of(least: float, largest: float) -> Rounding:
-    """Return the Rounding for a range; zero is a level of its own, so that padding with it shifts nothing."""
+    """Return the Rounding for a range; 0 has its own level, so that padding with it is exact.
+
+    Args:
+      least: value of the range.
+      largest: value of the range.
+    """
     least, largest = min(least, 0.0), max(largest, 1e-6)
     scale = np.float32((largest - least) / LEVELS)
     return Rounding(scale, int(np.clip(round(-least / scale), 0, LEVELS)))
 
 
 def round_weights(
-    kernel: np.ndarray, bias: np.ndarray | None, unit: float | None, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Round a layer's weights, each output channel in steps of its own.
+    kernel: Float[np.ndarray, "outputs ..."],
+    bias: Float[np.ndarray, " outputs"] | None,
+    unit: float | np.float32 | None,
+    most: int,
+) -> tuple[Int8[np.ndarray, "outputs ..."], Float32[np.ndarray, " outputs"], Int32[np.ndarray, " outputs"] | None]:
+    """Round a layer's weights, with a step for each output channel.
 
     Args:
       kernel: (O, ...).
       bias: (O,), or None.
-      unit: the scale of the layer's input; None where that stays in float32.
-      most: the largest multiple of a step, 127 or 63.
+      unit: scale of the layer's input; None if that stays in float32.
+      most: largest multiple of a step, 127 or 63.
+
     Returns:
       (int8 kernel, its steps (O,) float32, int32 bias in multiples of steps and unit, or None).
     """
@@ -63,14 +82,15 @@ def calibrate(
     batches: Callable[[], Iterable[np.ndarray]],
     groups: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Choose the range of each activation within which rounding and, beyond it, clipping make the least squared error.
+    """Choose the range of each activation with the least squared error of rounding within it and clipping beyond it.
 
-    Two passes: the first finds the extremes, the second a histogram between them.
+    The first of two passes over the images takes the extremes, the second a histogram between them.
 
     Args:
-      watch: a function of a batch of images to all activations, channels first.
-      batches: a function that returns the batches of images.
-      groups: {activation: the group whose range it shares}; None gives each one a range of its own.
+      watch: function from a batch of images to all activations, channels first.
+      batches: function that returns the batches of images.
+      groups: {activation: the group whose range it shares}; None gives each one its own range.
+
     Returns:
       {activation: (least, largest)}.
     """
@@ -91,8 +111,14 @@ def calibrate(
     return {name: ranges[group] for name, group in group_of.items() if group in ranges}
 
 
-def best_range(counts: np.ndarray, least: float, largest: float) -> tuple[float, float]:
-    """Return the (least, largest) share of a histogram's range whose 8 bits err least in the square."""
+def best_range(counts: Int[np.ndarray, " bins"], least: float, largest: float) -> tuple[float, float]:
+    """Return the range within a histogram's range whose 8 bits have the least squared error.
+
+    Args:
+      counts: int (bins,), the histogram.
+      least: start of its range.
+      largest: end of its range.
+    """
     edges = np.linspace(least, largest, len(counts) + 1)
     middles, best = (edges[1:] + edges[:-1]) / 2, (np.inf, (least, largest))
     for share in SHARES[::-1]:

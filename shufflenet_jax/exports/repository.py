@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import width_of
-from ..checkpoint import require_sound, stored_module
+from ..checkpoint import Loaded, require_sound, stored_module
 from ..config import ModelInfo
 from ..data.labels import imagenet_classes
-from ..errors import InputError
+from ..errors import InputError, Unchecked
 from ..files import read_file
-from ..model import ShuffleNetV2
+from ..shapes import Variables
 from .tensors import fill_module, read_tensors, save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OWN = "shufflenet_jax"  # The field of config.json for what timm's fields do not say.
 
 
-def save_repository(folder: Path, variables: Any, info: ModelInfo, licence: str) -> None:
+def save_repository(folder: Path, variables: Variables, info: ModelInfo, licence: str) -> None:
     """Write model.safetensors and config.json.
 
     Args:
@@ -123,7 +123,7 @@ def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def read_repository(folder: Path, **settings: Any) -> tuple[ShuffleNetV2, Any, ModelInfo]:
+def read_repository(folder: Path, **settings: Unchecked) -> Loaded:
     """Read a folder that `save_repository` wrote: see `loading.load_model`.
 
     Raises:

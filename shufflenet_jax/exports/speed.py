@@ -1,15 +1,22 @@
-"""How long exported files take, measured side by side."""
+"""The time of exported files, measured side by side."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
-SECONDS = 1.0  # Of measuring, for each function.
-FEWEST = 5  # Calls of each.
+SECONDS = 1.0  # Time of measuring for each function.
+FEWEST = 5  # Least number of calls of each.
 
 
 def milliseconds(functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return {name: median milliseconds of a call} of functions that are called alternately."""
+    """Time functions with alternating calls.
+
+    Args:
+      functions: {name: function}.
+
+    Returns:
+      {name: median milliseconds of a call}.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()

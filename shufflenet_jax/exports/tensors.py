@@ -1,39 +1,72 @@
-"""A trained network's weights alone: safetensors under our own names, PyTorch files under those of its projects."""
+"""A trained network's weights without its graph: safetensors with our names, PyTorch files with those of others."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..checkpoint import require_sound, stored_module
+from ..checkpoint import Loaded, require_sound, stored_module
 from ..config import ModelInfo
-from ..errors import InputError
+from ..errors import InputError, Unchecked
 from ..model import ShuffleNetV2, variable_shapes
+from ..shapes import Variables
 from .agreement import nchw, nhwc
 
 
-def metadata_of(info):
-    """What model.json holds as {field: JSON text}, for formats that keep text beside the weights."""
+@runtime_checkable
+class Trained(Protocol):
+    """A network with its weights: inference.Model, whose module imports this one.
+
+    Attributes:
+      module: the network.
+      variables: its {"params", "batch_stats"}.
+      info: the model description.
+    """
+
+    module: ShuffleNetV2
+    variables: Variables
+    info: ModelInfo
+
+
+def metadata_of(info: ModelInfo) -> dict[str, str]:
+    """Return the contents of model.json as {field: JSON text}, for formats that store text beside the weights.
+
+    Args:
+      info: the model description.
+    """
     return {name: json.dumps(value) for name, value in json.loads(info.to_json()).items()}
 
 
-def save_safetensors(path, model):
-    """Writes a Model's variables, `params/stage2_unit0/right_dw/conv/kernel` and so on, with what model.json holds."""
+def save_safetensors(path: str | Path, model: Trained) -> None:
+    """Write a network's variables, `params/stage2_unit0/right_dw/conv/kernel` and so on, with its model.json.
+
+    Args:
+      path: of the file.
+      model: the network.
+    """
     save_tensors(path, model.variables, model.info)
 
 
-def save_tensors(path: Path, variables: Any, info: ModelInfo) -> None:
+def save_tensors(path: str | Path, variables: Variables, info: ModelInfo) -> None:
     """Write the variables of a network under their paths, and what model.json holds as metadata."""
     flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
     Path(path).write_bytes(save(flat, {"format": "flax", **metadata_of(info)}))
 
 
-def read_safetensors(path, **settings):
-    """(module, variables, ModelInfo) of a file that `save_safetensors` wrote: see `loading.load_model`.
+def read_safetensors(path: str | Path, **settings: Unchecked) -> Loaded:
+    """Read a file from `save_safetensors`.
+
+    Args:
+      path: of the file.
+      settings: fields of ShuffleNetV2 to change, as in `loading.load_model`.
+
+    Returns:
+      (module, variables, ModelInfo).
 
     Raises:
       InputError: the file is damaged, or another one.
@@ -47,13 +80,13 @@ def read_safetensors(path, **settings):
         info = ModelInfo.from_json(json.dumps(fields))
     except InputError as error:
         raise InputError(f"{path} does not describe its network as our exports do; give a .pth file") from error
-    module = stored_module(path, info, **settings)
+    module = stored_module(Path(path), info, **settings)
     variables = fill_module(path, tensors, module)
-    require_sound(path, variables, info)
+    require_sound(Path(path), variables, info)
     return module, variables, info
 
 
-def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Raises:
@@ -66,13 +99,14 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise InputError(f"{path} is damaged or no safetensors file of ours: {error}; export it again") from error
 
 
-def fill_module(path: Path, tensors: dict[str, np.ndarray], module: ShuffleNetV2) -> Any:
+def fill_module(path: str | Path, tensors: dict[str, np.ndarray], module: ShuffleNetV2) -> Variables:
     """Return the variables of a module from tensors under their paths.
 
     Args:
       path: the tensors' file, for messages.
       tensors: {path of a variable: its value}.
       module: the network.
+
     Raises:
       InputError: the network has other tensors.
     """
@@ -82,17 +116,30 @@ def fill_module(path: Path, tensors: dict[str, np.ndarray], module: ShuffleNetV2
     return unflatten_dict(tensors, sep="/")
 
 
-def save_torch(path, model, dialect):
-    """Writes a Model as a PyTorch file of a dialect."""
+def save_torch(path: str | Path, model: Trained, dialect: str) -> None:
+    """Write a network as a PyTorch file.
+
+    Args:
+      path: of the file.
+      model: the network.
+      dialect: whose names it has.
+    """
     from ..porting import convert
 
     convert.save_torch(convert.back_to_torch(model.module, model.variables, model.info, dialect), dialect, path)
 
 
-def load_torch(path, model, dialect):
-    """A function of normalised images (B, H, W, C) that runs a PyTorch file in the network of its dialect.
+def load_torch(
+    path: str | Path, model: Trained, dialect: str
+) -> Callable[[np.ndarray], tuple[Any, dict[str, np.ndarray]]]:
+    """Return a function from normalized images (B, H, W, C) to the outputs of a PyTorch file.
 
-    The tensors must have the names that the network gives them, all of them and no others.
+    The file's tensors must have exactly the names of the dialect's network.
+
+    Args:
+      path: of the file.
+      model: the network from which the file was written.
+      dialect: whose names it has.
     """
     import torch
 
@@ -103,7 +150,7 @@ def load_torch(path, model, dialect):
     network.load_state_dict(content.get("state_dict", content))
     network.eval()
 
-    def run(images):
+    def run(images: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
         with torch.inference_mode():
             logits, features = network(torch.tensor(nchw(images)))
         return logits, {name: nhwc(feature.numpy()) for name, feature in features.items()}

@@ -24,29 +24,30 @@ from .network import Signature
 VERSION = "1.30.0"  # Of onnxruntime-web.
 RUNTIME = f"onnxruntime-web {VERSION}"
 PLACE = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist"
-FILES = {  # Of its package, by their parts in the page: (name, sha256). They compute on CPUs alone.
+FILES = {  # {part of the page: (name in the package, sha256)}; they compute only on CPUs.
     "script": ("ort.wasm.bundle.min.mjs", "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90"),
     "binary": ("ort-wasm-simd-threaded.wasm", "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"),
 }
 MOST_PIXELS = 16_000_000  # Of a picture: phones have no larger canvas.
 NAMES = {"network": "model.onnx", **{part: name for part, (name, _) in FILES.items()}}  # In the page's folder.
 PAGE = "index.html"
-DAMAGED_TAR = (tarfile.TarError, zlib.error, EOFError, OSError, KeyError)  # What tarfile raises.
+DAMAGED_TAR = (tarfile.TarError, zlib.error, EOFError, OSError, KeyError)  # The errors of tarfile.
 
 
 def runtime_files(archive: Path | None = None) -> dict[str, bytes]:
-    """Return onnxruntime-web's parts of the page, fetched once into the cache.
+    """Return onnxruntime-web's parts of the page, downloaded once into the cache.
 
     Args:
-      archive: the package as `npm pack onnxruntime-web` brings it; None downloads the two files that are needed.
+      archive: the package from `npm pack onnxruntime-web`; None downloads the two required files.
+
     Raises:
-      InputError: it is another version or no package, or nothing can be fetched.
+      InputError: it is another version or no package, or the download fails.
     """
     if archive is None:
         folder = cache_dir() / "downloads" / f"onnxruntime-web-{VERSION}"
         return {part: downloaded(name, PLACE, sha256, folder).read_bytes() for part, (name, sha256) in FILES.items()}
     contents = {}
-    advice = f"give the package that npm pack onnxruntime-web@{VERSION} brings"
+    advice = f"give the package from npm pack onnxruntime-web@{VERSION}"
     try:
         with tarfile.open(fileobj=io.BytesIO(read_file(archive)), mode="r:gz") as package:
             for part, (name, _) in FILES.items():
@@ -61,7 +62,11 @@ def runtime_files(archive: Path | None = None) -> dict[str, bytes]:
 
 
 def require_classifier(model: Model) -> None:
-    """Raise InputError where a page has nothing to show: without classes, or with images that browsers do not have."""
+    """Raise InputError if a page could show nothing: without classes, or with images that browsers do not have.
+
+    Args:
+      model: the network.
+    """
     if not model.info.num_classes:
         raise InputError("the network has no classifier, and a page shows classes; export a classifier")
     if model.info.preprocess.channel_order == "any":
@@ -69,7 +74,11 @@ def require_classifier(model: Model) -> None:
 
 
 def require_own(folder: Path) -> None:
-    """Raise InputError where a folder that a page would replace holds anything else."""
+    """Raise InputError if a folder that a page would replace holds other files.
+
+    Args:
+      folder: its path.
+    """
     others = sorted(path.name for path in folder.iterdir() if path.name not in (PAGE, *NAMES.values()))
     if others:
         raise InputError(f"{folder} holds other files, like {others[0]}, and would be replaced; name another folder")
@@ -79,8 +88,8 @@ def page_of(model: Model, signature: Signature, contents: Mapping[str, bytes], *
     """Return the page's HTML.
 
     Args:
-      model: the network: its classes, and how its images are prepared.
-      signature: its images' size.
+      model: the network: its classes, and how to prepare images.
+      signature: size of the images.
       contents: {part: bytes} of the files that it loads.
       single: inline the files, compressed, instead of naming them.
     """
@@ -102,7 +111,7 @@ def page_of(model: Model, signature: Signature, contents: Mapping[str, bytes], *
     return environment.get_template(
         "web.html"
     ).render(
-        settings=Markup(json.dumps(settings).replace("<", "\\u003c")),  # Which would end the script.
+        settings=Markup(json.dumps(settings).replace("<", "\\u003c")),  # "</script>" would end the script.
         inlined={part: _inlined(content) for part, content in contents.items()} if single else {},
         classes=classes,
         preparation=f"{words[0].upper()}{words[1:]}.",
@@ -117,7 +126,14 @@ def _inlined(content: bytes) -> str:
 
 
 def write_page(path: Path, html: str, contents: Mapping[str, bytes], *, single: bool) -> None:
-    """Write the page as one file, or as a folder with the files that it loads."""
+    """Write the page as one file, or as a folder with the files that it loads.
+
+    Args:
+      path: of the file or folder.
+      html: of the page.
+      contents: {part: bytes} of the files that it loads.
+      single: whether it is one file.
+    """
     if single:
         path.write_text(html, encoding="utf-8")
         return

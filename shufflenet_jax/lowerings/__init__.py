@@ -4,68 +4,64 @@ A lowering is a module with the functions of the `Lowering` protocol. It may kee
 lowerings pad as PyTorch does and agree up to rounding: the tests compare each with `reference`.
 """
 
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import jax
+from jaxtyping import Float
 
 from ..batch_groups import BatchGroups
 from ..config import RENAMED, LoweringName
+from ..shapes import Array, Images, Kernel, Vector
 from . import cpu, direct, gpu, reference
+from .pieces import Pieces
+
+Maps = Array | Pieces  # A layer's input or output, in the lowering's own axis order.
 
 
+@runtime_checkable
 class Convolutions(Protocol):
-    """What a trained network needs, on arrays (B, H, W, C)."""
+    """The operations of a trained network, on arrays (B, H, W, C)."""
 
-    def conv(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+    def conv(self, x: Maps, kernel: Kernel, *, stride: int = 1, groups: int = 1) -> Maps:
         """Convolve without bias, padded by (size - 1) / 2 on every side; groups is 1 or the number of channels."""
 
-    def max_pool(self, x: jax.Array) -> jax.Array:
+    def max_pool(self, x: Maps) -> Maps:
         """Pool 3x3 windows with stride 2, padded by 1 with minus infinity."""
 
 
+@runtime_checkable
 class Lowering(Convolutions, Protocol):
-    """What training needs, on arrays in the lowering's own axis order, or on Pieces in `gpu`."""
+    """The operations of training, on arrays in the lowering's own axis order, or on Pieces in `gpu`.
+
+    Attributes:
+      CHANNEL_AXIS: where the channels lie in that axis order.
+    """
 
     CHANNEL_AXIS: int
 
-    def from_nhwc(self, images: jax.Array) -> jax.Array:
+    def from_nhwc(self, images: Images) -> Maps:
         """Bring images (B, H, W, C) into the lowering's axis order."""
 
-    def to_nhwc(self, x: jax.Array) -> jax.Array:
+    def to_nhwc(self, x: Maps) -> Images:
         """Bring an array back to (B, H, W, C)."""
 
-    def split(self, x: jax.Array, *, even_odd: bool) -> tuple[jax.Array, jax.Array]:
-        """Split the channels into what a unit's left and right branch take: halves, or the even and the odd ones."""
+    def split(self, x: Maps, *, even_odd: bool) -> tuple[Maps, Maps]:
+        """Split the channels for a unit's left and right branch: halves, or the even and the odd channels."""
 
-    def join(self, left: jax.Array, right: jax.Array, *, shuffled: bool) -> jax.Array:
-        """Join what the branches return; `shuffled` interleaves their channels."""
+    def join(self, left: Maps, right: Maps, *, shuffled: bool) -> Maps:
+        """Join the outputs of the branches; `shuffled` interleaves their channels."""
 
     def batch_norm(
-        self,
-        x: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array,
-        batch_groups: BatchGroups,
-        *,
-        epsilon: float,
-        relu: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x: Maps, scale: Vector, bias: Vector, batch_groups: BatchGroups, *, epsilon: float, relu: bool
+    ) -> tuple[Maps, Vector, Vector]:
         """Normalize by the statistics of each example's group; also return their mean and unbiased variance, (C,)."""
 
     def normalize(
-        self,
-        x: jax.Array,
-        mean: jax.Array,
-        var: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array,
-        *,
-        epsilon: float,
-        relu: bool,
-    ) -> jax.Array:
+        self, x: Maps, mean: Vector, var: Vector, scale: Vector, bias: Vector, *, epsilon: float, relu: bool
+    ) -> Maps:
         """Normalize by given statistics, (C,) each."""
 
-    def global_mean(self, x: jax.Array) -> jax.Array:
+    def global_mean(self, x: Maps) -> Float[Array, "batch channels"]:
         """Return the mean over all pixels, (B, C)."""
 
 
@@ -74,6 +70,9 @@ MODULES = {"cpu": cpu, "gpu": gpu, "reference": reference}
 
 def resolve(name: str) -> Lowering:
     """Return the lowering of a name; "auto" picks the fastest one for this backend.
+
+    Args:
+      name: "auto" or a key of MODULES.
 
     Raises:
       ValueError: no lowering has this name.
@@ -88,7 +87,7 @@ def resolve(name: str) -> Lowering:
 
 def fastest_on(platform: str) -> LoweringName:
     """Return the name of the fastest lowering on a platform, as JAX names it."""
-    # docs/faster.md has what each gains there; for TPUs nothing has been measured.
+    # docs/faster.md reports the speed of each; on TPUs nothing has been measured.
     fastest: dict[str, LoweringName] = {"cpu": "cpu", "gpu": "gpu"}
     return fastest.get(platform, "reference")
 

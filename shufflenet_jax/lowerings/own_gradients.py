@@ -1,14 +1,18 @@
-"""What a function with a gradient rule of its own (`jax.custom_vjp`) needs so that JAX can transform it."""
+"""What a function with its own gradient rule (`jax.custom_vjp`) needs so that JAX can transform it."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from ..shapes import Array, Tree
 
-def prepare(arrays: Any) -> Any:
+Saved = tuple[Any, ...]  # What a gradient rule keeps of its inputs; each rule keeps something else.
+
+
+def prepare(arrays: Tree) -> Tree:
     """Prepare a tree of arrays as the arguments of a function with a gradient rule.
 
     Inside `jax.shard_map` a gradient must vary over the same axes as its argument, so all arrays are marked as varying
@@ -17,13 +21,14 @@ def prepare(arrays: Any) -> Any:
 
     Args:
       arrays: a tree of arrays.
+
     Returns:
       The same tree with the same values.
     """
     varying = [jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(arrays)]
     axes = sorted(frozenset().union(*varying), key=str)
 
-    def prepared(array):
+    def prepared(array: Array) -> Array:
         missing = (axis for axis in axes if axis not in jax.typeof(array).manual_axis_type.varying)
         return _reverse_mode_only(lax.pcast(array, tuple(missing), to="varying"))
 
@@ -31,16 +36,16 @@ def prepare(arrays: Any) -> Any:
 
 
 @jax.custom_jvp
-def _reverse_mode_only(x):
+def _reverse_mode_only(x: Array) -> Array:
     return x
 
 
 @_reverse_mode_only.defjvp
-def _(primals, tangents):
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return primals[0], _tangent.bind(tangents[0])
 
 
-def _refuse(*_, **__):
+def _refuse(*_: object, **__: object) -> NoReturn:
     raise TypeError(
         'the lowerings "cpu" and "gpu", which "auto" picks there, have no forward-mode derivatives (jax.jvp, '
         'jax.jacfwd, jax.linearize); use lowering="reference"'

@@ -1,4 +1,4 @@
-"""A training's step compiled for devices that are not here: whether it fits, and what it exchanges and touches."""
+"""A training step compiled for devices that are not here: its memory, its collectives and the bytes that it touches."""
 
 import dataclasses
 import time
@@ -23,12 +23,12 @@ from .supervision import load_supervision
 
 
 class Memory(NamedTuple):
-    """Bytes that a step takes on each device, as XLA has planned them; what waits for later steps is not among them.
+    """XLA's plan of a step's memory on each device, in bytes, without batches that wait for later steps.
 
     Attributes:
       arguments: the state and a batch.
-      results: the next state and the metrics, where they do not replace the arguments.
-      temporaries: everything between, most of it activations.
+      results: the next state and the metrics, unless they replace the arguments.
+      temporaries: intermediate results, most of them activations.
       program: the code.
     """
 
@@ -42,10 +42,10 @@ class CompiledStep(NamedTuple):
     """A step of a training, compiled for a Slice.
 
     Attributes:
-      config: the TrainConfig, with nothing left open.
+      config: the TrainConfig, with all values chosen.
       epoch: the Epoch, whose plan says how the devices divide a batch.
-      memory: what it takes on each device.
-      counts: what it does on each device.
+      memory: on each device.
+      counts: collectives and bytes on each device.
       text: the optimized program.
       seconds: how long compiling took.
     """
@@ -64,14 +64,17 @@ class CompiledStep(NamedTuple):
 
 
 class TooLargeError(Exception):
-    """The compiler found no way to fit a step into the memory of a device; the message says what it needs."""
+    """A step does not fit into the memory of a device; the message says how much it needs."""
 
 
 def open_training_data(config: TrainConfig) -> Source:
-    """Open the data to train on; where known data are not here, return a Source that has nothing but their numbers.
+    """Open the data to train on. If known data are not here, return a Source that has only their numbers.
+
+    Args:
+      config: the settings.
 
     Raises:
-      InputError: the data cannot be opened, and nothing is known of them.
+      InputError: the data cannot be opened, and nothing is known about them.
     """
     try:
         return open_source(
@@ -92,19 +95,20 @@ def _read_nothing(index: int) -> Example:
 
 
 def compile_ahead(config: TrainConfig, target: Slice) -> CompiledStep:
-    """Compile the step that `train` would take on a Slice, for full batches.
+    """Compile the training step of a Slice, for full batches.
 
     Args:
       config: the settings.
       target: the Slice, from `find_slice`.
+
     Raises:
-      InputError: the Slice does not divide the batch, the settings cannot be used, or the compiler refuses them.
+      InputError: the Slice does not divide the batch, the settings are unusable, or the compiler refuses them.
       TooLargeError: the step does not fit.
     """
     if config.teacher:
-        raise InputError("a step with a teacher cannot be compiled ahead; leave `teacher` out")
+        raise InputError("a step with a teacher cannot be compiled ahead; omit `teacher`")
     if config.linear_probe:
-        raise InputError("a linear probe takes no steps that could be compiled ahead; leave `linear_probe` out")
+        raise InputError("a linear probe has no step to compile ahead; omit `linear_probe`")
     config = _for_platform(config, target.devices[0].platform)
     with jax.enable_x64(config.dtype == "float64"):
         source = open_training_data(config)
@@ -125,14 +129,19 @@ def compile_ahead(config: TrainConfig, target: Slice) -> CompiledStep:
 
 
 def _for_platform(config: TrainConfig, platform: str) -> TrainConfig:
-    """Return the settings with the lowering that "auto" would pick there."""
+    """Return the settings with the lowering that "auto" would pick on a platform."""
     if config.lowering != "auto":
         return config
     return dataclasses.replace(config, lowering=lowerings.fastest_on(platform))
 
 
 def batch_shapes(config: TrainConfig, epoch: Epoch) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and types of a full batch as `parallel.feed` puts it on all devices."""
+    """Return the shapes and types of a full batch, as `parallel.feed` puts it on all devices.
+
+    Args:
+      config: the settings.
+      epoch: whose plan says how the devices divide the batch.
+    """
     plan = epoch.plan
     lead = (plan.devices, plan.parts, plan.device_batch)
     columns = {name: np.asarray(value) for name, value in blank_row(config).items()}
@@ -142,7 +151,7 @@ def batch_shapes(config: TrainConfig, epoch: Epoch) -> dict[str, jax.ShapeDtypeS
     }
 
 
-def _compile(lowered, config: TrainConfig, epoch: Epoch, target: Slice) -> CompiledStep:
+def _compile(lowered: jax.stages.Lowered, config: TrainConfig, epoch: Epoch, target: Slice) -> CompiledStep:
     began = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=target.compiler_options)

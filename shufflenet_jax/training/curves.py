@@ -1,12 +1,17 @@
-"""Pictures of a training run: its curves, and the learning rate that it will have."""
+"""Plots of a training run: its curves, and the learning rate that it will have."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import InputError
 from ..files import written_aside
 from .logs import METRICS, read_metrics
 
-PANELS = {  # figure: (label, scale, splits that have it)
+PANELS = {  # {figure: (label, scale, splits that have it)}
     "loss": ("loss", "log", ("train", "eval", "eval_ema")),
     "top1": ("top-1 accuracy (%)", "linear", ("train", "eval", "eval_ema")),
     "lr": ("learning rate", "linear", ("train",)),
@@ -18,8 +23,15 @@ STYLES = {
 }
 
 
-def plot_curves(workdir, *, title=None):
-    """Draws loss, accuracy and learning rate over the epochs of workdir/metrics.jsonl into workdir/curves.png.
+def plot_curves(workdir: Path, *, title: str | None = None) -> Path:
+    """Draw loss, accuracy and learning rate over the epochs of workdir/metrics.jsonl into workdir/curves.png.
+
+    Args:
+      workdir: folder of the run.
+      title: of the plot; None means the folder's name.
+
+    Returns:
+      The path of the plot.
 
     Raises:
       InputError: there is nothing to draw.
@@ -34,7 +46,7 @@ def plot_curves(workdir, *, title=None):
             points = [(row["epoch"], row[name]) for row in drawn]
             if points:
                 axes.plot(*zip(*points, strict=True), label=split, markersize=3, linewidth=1.2, **STYLES[split])
-        # A loss that is always zero, as of a single class, has no place on a logarithmic axis.
+        # A loss that is always zero, as with a single class, does not fit on a logarithmic axis.
         positive = any(max(line.get_ydata()) > 0 for line in axes.lines)
         _over_epochs(axes, ylabel=label, yscale=scale if positive else "linear")
     if figure.axes[0].lines:
@@ -46,8 +58,14 @@ def plot_curves(workdir, *, title=None):
     return target
 
 
-def plot_schedule(epochs, rates, target):
-    """Draws the learning rate over the epochs into a PNG file."""
+def plot_schedule(epochs: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, target: Path) -> None:
+    """Draw the learning rate over the epochs into a PNG file.
+
+    Args:
+      epochs: (N,), the epoch of each point.
+      rates: (N,), its learning rate.
+      target: path of the file.
+    """
     figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(epochs, rates, linewidth=1.2)
@@ -56,7 +74,7 @@ def plot_schedule(epochs, rates, target):
         figure.savefig(draft, format="png")
 
 
-def _over_epochs(axes, **settings):
+def _over_epochs(axes: Axes, **settings: str) -> None:
     axes.set(xlabel="epoch", **settings)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

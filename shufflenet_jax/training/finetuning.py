@@ -5,27 +5,29 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from ..errors import Unchecked
 from ..inference import Model
 from ..loading import load_model
 from ..recipes import PRESETS
 from .loop import train
 
 
-def finetune(data: str | Path, workdir: str | Path | None = None, **settings: Any) -> Model:
-    """Train a published network on one's own images, as `train.py` does with the preset finetune.
+def finetune(data: str | Path, workdir: str | Path | None = None, **settings: Unchecked) -> Model:
+    """Train a published network on your own images, as `train.py` does with the preset finetune.
 
     Args:
-      data: a folder or an archive of images, or what else a TrainConfig's `data` can be.
-      workdir: folder of the run, which the same call continues; by default nothing is left of it.
-      settings: fields of TrainConfig that shall be other than the preset's, like `init_from`, `epochs`, `linear_probe`
-        or `image_size=(192, 256)`.
+      data: a folder or an archive of images, or anything else that a TrainConfig's `data` can be.
+      workdir: folder of the run, which the same call continues; by default a temporary one.
+      settings: fields of TrainConfig that replace the preset's, like `init_from`, `epochs`, `linear_probe` or
+        `image_size=(192, 256)`.
+
     Returns:
-      The Model of the checkpoint with the highest accuracy on the images that were held out; its `info.metrics` has
-      the figures of that evaluation.
+      The Model of the checkpoint with the highest accuracy on the held-out images; `info.metrics` has the figures of
+      that evaluation.
+
     Raises:
-      InputError: the data, the settings or the workdir cannot be used, or the run was stopped before its end.
+      InputError: the data, the settings or the workdir are unusable, or a signal stopped the run before its end.
     """
     config = dataclasses.replace(PRESETS["finetune"], **{"data": str(data), **settings})
     with _folder_of(workdir) as folder:
@@ -37,7 +39,7 @@ def finetune(data: str | Path, workdir: str | Path | None = None, **settings: An
 
 @contextlib.contextmanager
 def _folder_of(workdir: str | Path | None) -> Iterator[Path]:
-    """Yield the folder of a run: the one that is named, or one that is removed afterwards."""
+    """Yield the given folder, or a temporary one."""
     if workdir is not None:
         yield Path(workdir)
         return

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, and the sums between two lines."""
+"""metrics.jsonl: one JSON object per line, and the sums between two lines."""
 
 import contextlib
 import json
@@ -6,23 +6,31 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..files import UnwritableError, read_file, writing, written_aside
+from ..shapes import Metrics
 
 METRICS, EVENTS = "metrics.jsonl", "events"
+Row = dict[str, Any]  # A line: its "split" is a str, "step" an int, all others are numbers or None.
 
 
 class MetricsLog:
     """Appends rows to a workdir's metrics.jsonl, and the same figures to its TensorBoard events.
 
-    A resumed run first drops what was written about steps after the last one it has, which it will take again.
+    A resumed run first drops the rows about later steps, which it will take again.
+
+    Args:
+      workdir: folder of the run.
+      last_step: the step after which the run continues; 0 for a new run.
     """
 
-    def __init__(self, workdir, *, last_step):
+    def __init__(self, workdir: Path, *, last_step: int) -> None:
         self._path = workdir / METRICS
         rows = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
         if not last_step:
@@ -31,14 +39,24 @@ class MetricsLog:
         with written_aside(self._path) as draft:
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    def __enter__(self):
+    def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._events.close()
 
-    def write(self, *, step, epoch, split, **figures):
-        """Appends a row and returns it."""
+    def write(self, *, step: int, epoch: float, split: str, **figures: float | None) -> Row:
+        """Append a row.
+
+        Args:
+          step: after which it was measured.
+          epoch: the same in epochs.
+          split: "train", "eval" or "eval_ema".
+          figures: the others.
+
+        Returns:
+          The row.
+        """
         row = {"step": step, "epoch": epoch, "split": split, **figures}
         with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -50,10 +68,11 @@ class Events:
     """A TensorBoard event file. tensorboardX's SummaryWriter would wait forever for a thread that a full disk ends.
 
     Args:
-      folder: where to put it; it is made.
-      last_step: TensorBoard is to hide what earlier files of the folder say of later steps.
+      folder: where to put it; it is created.
+      last_step: the step after which the run continues; TensorBoard hides later steps of the folder's other files.
+
     Raises:
-      InputError: it cannot be written, here or later.
+      InputError: the file cannot be written, now or later.
     """
 
     def __init__(self, folder: Path, *, last_step: int) -> None:
@@ -77,7 +96,12 @@ class Events:
         self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """Write {name: value} of a step."""
+        """Write the figures of a step.
+
+        Args:
+          step: its number.
+          figures: {name: value}.
+        """
         with writing(self._folder):
             for name, value in figures.items():
                 self._append(step=step, summary=self._scalar(name, value))
@@ -90,20 +114,27 @@ class Events:
 
 
 @contextlib.contextmanager
-def _without_torch():
-    """tensorboardX imports PyTorch where there is one, a second or two, for its type of tensors alone."""
+def _without_torch() -> Iterator[None]:
+    """Hide PyTorch from tensorboardX, which would import it, for a second or two, only for its type of tensors."""
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment] # Python's way to make an import fail.
     try:
         yield
     finally:
         del sys.modules["torch"]
 
 
-def read_metrics(path):
-    """The rows of a metrics.jsonl; what is none, like a last line that was cut off, is left out."""
+def read_metrics(path: Path) -> list[Row]:
+    """Read the rows of a metrics.jsonl, without damaged lines, like a last line that was cut off.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
     try:
         text = read_file(path).decode(errors="replace")
     except OSError as error:
@@ -115,8 +146,8 @@ def read_metrics(path):
     return [row for row in rows if isinstance(row, dict) and _is_row(row)]
 
 
-def _is_row(row):
-    """Whether it tells a step, an epoch and a split, and numbers of its figures."""
+def _is_row(row: Row) -> bool:
+    """Return whether a row has a step, an epoch, a split and otherwise only numbers."""
     figures = {name: value for name, value in row.items() if name not in ("split", "step", "epoch")}
     return (
         type(row.get("step")) is int
@@ -126,25 +157,36 @@ def _is_row(row):
     )
 
 
-def is_number(value):
-    """Whether a value is a number that float32 holds."""
-    return type(value) in (int, float) and abs(value) < 3e38
+def is_number(value: object) -> bool:
+    """Return whether a value is a number that float32 can hold.
+
+    Args:
+      value: of any type.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 class Meter:
-    """Averages what the steps report, and their speed, since the last look; reads from the device only then."""
+    """Averages the steps' metrics, and their speed, between two calls of `take`; only these read from the device."""
 
-    def __init__(self):
-        self._steps, self._start = [], time.perf_counter()
+    def __init__(self) -> None:
+        self.restart()
 
-    def add(self, step, metrics, images):
+    def add(self, step: int, metrics: Metrics, images: int) -> None:
+        """Add a step.
+
+        Args:
+          step: its number.
+          metrics: {name: mean over the images of the step}, on the device.
+          images: their number.
+        """
         self._steps.append((step, metrics, images))
 
-    def take(self):
-        """{name: mean over the images} and images_per_second since the last call, or None if there was no step.
+    def take(self) -> dict[str, float] | None:
+        """Return {name: mean over the images} and images_per_second since the last call, or None without steps.
 
         Raises:
-          FloatingPointError: a figure is not finite; its argument is the first such step.
+          FloatingPointError: a figure is not finite; its argument is the first step with one.
         """
         if not self._steps:
             return None
@@ -158,5 +200,7 @@ class Meter:
         means = {key: float(np.average(column, weights=images)) for key, column in columns.items()}
         return {**means, "images_per_second": rate}
 
-    def restart(self):
-        self.__init__()
+    def restart(self) -> None:
+        """Forget all steps, and start the clock."""
+        self._steps: list[tuple[int, Metrics, int]] = []
+        self._start = time.perf_counter()

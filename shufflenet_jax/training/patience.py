@@ -1,4 +1,4 @@
-"""When a run ends early: once evaluations stop to improve."""
+"""Early stopping: a run ends once its evaluations stop improving."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,8 @@ class Patience:
     """Counts the evaluations since the best one.
 
     Args:
-      limit: after how many without a higher top-1 a run ends; 0: it never does.
-      before: top-1 of the evaluations that the run has behind it.
+      limit: number of evaluations without a higher top-1 after which a run ends; 0 never ends it.
+      before: top-1 of the run's earlier evaluations.
     """
 
     def __init__(self, limit: int, before: Iterable[float] = ()) -> None:
@@ -17,7 +17,11 @@ class Patience:
             self.add(top1)
 
     def add(self, top1: float) -> None:
-        """Take note of an evaluation."""
+        """Count an evaluation.
+
+        Args:
+          top1: its accuracy.
+        """
         self._best, self._since = (top1, 0) if top1 > self._best else (self._best, self._since + 1)
 
     @property

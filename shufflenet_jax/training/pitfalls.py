@@ -1,4 +1,4 @@
-"""What makes a training pointless although it runs: each is warned of, with the numbers that it leads to."""
+"""Warnings of settings and data that make a training pointless although it runs, with the numbers behind them."""
 
 import logging
 from collections import Counter
@@ -19,7 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_pitfalls(config: TrainConfig, epoch: Epoch, train: Source, evaluated: Source) -> None:
-    """Warn of settings and data with which a run cannot reach what it is meant to."""
+    """Warn of settings and data that keep a run from its goal.
+
+    Args:
+      config: the settings.
+      epoch: number of steps of a pass.
+      train: the training examples.
+      evaluated: the evaluation examples.
+    """
     for message in (
         *_long_warmup(config, epoch),
         *_large_batch(config, epoch),
@@ -31,12 +38,12 @@ def warn_of_pitfalls(config: TrainConfig, epoch: Epoch, train: Source, evaluated
 def warn_of_collapse(
     step: int, predicted: np.ndarray, top1: float, rate: float, classes: tuple[str, ...] | None
 ) -> None:
-    """Warn where a network predicts one class for all images.
+    """Warn if a network predicts one class for all images.
 
     Args:
       step: after which it was evaluated.
       predicted: (num_classes,), how often each class was predicted.
-      top1: the share of images with the right class, in percent; of images of one class it is no fault.
+      top1: the share of images with the right class, in percent; if all have one class, the prediction is right.
       rate: the learning rate of the step.
       classes: the names of the classes, if they have any.
     """
@@ -73,18 +80,18 @@ def _large_batch(config: TrainConfig, epoch: Epoch) -> Iterator[str]:
 
 
 def _classes_without_images(train: Source, evaluated: Source) -> Iterator[str]:
-    """Yield what is lacking, where this can be said without reading the data."""
+    """Yield a warning for each kind of class that lacks images, if the labels are known without reading the data."""
     if not (train.labels_at_hand and evaluated.labels_at_hand):
         return
-    taught, asked = set(train.labels()), Counter(evaluated.labels())
-    lacking = [label for label in range(train.num_classes) if label not in taught]
-    unknown = sum(asked[label] for label in lacking)
-    if unknown:
-        names = [class_name(train.classes, label) for label in lacking if asked[label]]
+    trained, counts = set(train.labels()), Counter(evaluated.labels())
+    missing = [label for label in range(train.num_classes) if label not in trained]
+    hopeless = sum(counts[label] for label in missing)
+    if hopeless:
+        names = [class_name(train.classes, label) for label in missing if counts[label]]
         yield (
-            f"{unknown:,} of {len(evaluated):,} evaluation images are of classes without training images: "
-            f"{some(names)}; top-1 cannot exceed {100 - 100 * unknown / len(evaluated):.2f} %"
+            f"{hopeless:,} of {len(evaluated):,} evaluation images are of classes without training images: "
+            f"{some(names)}; top-1 cannot exceed {100 - 100 * hopeless / len(evaluated):.2f} %"
         )
-    names = [class_name(train.classes, label) for label in lacking if not asked[label]]
+    names = [class_name(train.classes, label) for label in missing if not counts[label]]
     if names:
         yield f"of {train.num_classes:,} classes these have no images at all: {some(names)}"

@@ -1,22 +1,24 @@
-"""The linear probe: a classifier alone, by logistic regression on features that are computed once."""
+"""The linear probe: it trains only the classifier, by logistic regression on features that are computed once."""
 
 import logging
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 
 from .. import parallel, progress
-from ..config import BALANCED, TrainConfig
+from ..config import BALANCED, Preprocess, TrainConfig
 from ..data.pipeline import eval_batches
 from ..data.sources import Source
-from ..deploy import deploy
+from ..deploy import Deployed, deploy
 from ..errors import InputError
 from ..forward import forward
 from ..model import ShuffleNetV2
+from ..shapes import Array, Batch, Metrics, Variables
+from .losses import ClassWeights
 from .supervision import balanced_weights
 
 logger = logging.getLogger(__name__)
@@ -26,19 +28,27 @@ PENALTY = 0.03  # Of half the squared weights of standardized features, against 
 MOST_STEPS = 1000
 
 
-def probe(module: ShuffleNetV2, config: TrainConfig, variables: Any, source: Source, class_weights: Any) -> Any:
+def probe(
+    module: ShuffleNetV2,
+    config: TrainConfig,
+    variables: Variables,
+    source: Source,
+    class_weights: ClassWeights | None,
+) -> Variables:
     """Fit the classifier of a network.
 
     Args:
-      module: a ShuffleNetV2.
-      config: its TrainConfig.
+      module: the network.
+      config: the settings of the run.
       variables: its {"params", "batch_stats"}; only the classifier changes.
-      source: the training images, which are prepared as evaluation does.
-      class_weights: (num_classes,), or None.
+      source: the training images, which are prepared as in evaluation.
+      class_weights: (num_classes,), factors on the losses of each class, or None.
+
     Returns:
       The variables with the new classifier.
+
     Raises:
-      InputError: the images are all of one class.
+      InputError: all images are of one class.
     """
     features, labels = compute_features(module, config, variables, source)
     weights = np.ones(module.num_classes) if class_weights is None else np.asarray(class_weights)
@@ -52,44 +62,61 @@ def probe(module: ShuffleNetV2, config: TrainConfig, variables: Any, source: Sou
 
 
 def compute_features(
-    module: ShuffleNetV2, config: TrainConfig, variables: Any, source: Source
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pooled features (N, C) and labels (N,) of a source's images, by the network's fastest form."""
+    module: ShuffleNetV2, config: TrainConfig, variables: Variables, source: Source
+) -> tuple[Float[np.ndarray, "images channels"], Int[np.ndarray, " images"]]:
+    """Compute the pooled features of a source's images, by the network's fastest form.
+
+    Args:
+      module: the network.
+      config: whose `preprocess` prepares the images.
+      variables: the network's {"params", "batch_stats"}.
+      source: the images.
+
+    Returns:
+      (features (N, C), labels (N,)).
+    """
     network = (module, variables) if config.lowering == "reference" else deploy(module, variables)
     step = parallel.map_eval_step(partial(_features_step, network[0], config.preprocess))
     weights = parallel.replicate(network[1])
     batch_size = parallel.shared_equally(min(BATCH * jax.device_count(), len(source)))
     batches = eval_batches(source, config.preprocess, batch_size=batch_size, **parallel.own_slice())
-    found = []
+    computed = []
     with progress.bar(total=len(source), unit="image", description="computing features") as bar:
         for batch in batches:
             arrays = {name: batch[name] for name in ("images", "labels", "mask")}
             rows = np.asarray(step(weights, arrays)[1])
             rows = rows.reshape(-1, rows.shape[-1])[: len(batch["mask"])]
-            found.append((rows, batch["labels"], batch["mask"]))
+            computed.append((rows, batch["labels"], batch["mask"]))
             bar.update(int(batch["mask"].sum()))
-    features, labels, mask = (parallel.gather(np.concatenate(column)) for column in zip(*found, strict=True))
+    features, labels, mask = (parallel.gather(np.concatenate(column)) for column in zip(*computed, strict=True))
     return features[mask > 0], labels[mask > 0]
 
 
-def _features_step(module: Any, preprocess: Any, variables: Any, batch: Any) -> tuple[Any, jax.Array]:
+def _features_step(
+    module: ShuffleNetV2 | Deployed, preprocess: Preprocess, variables: Variables, batch: Batch
+) -> tuple[Metrics, Array]:
     _, features = forward(module, preprocess, variables, batch["images"])
     return {"images": batch["mask"].sum()}, features["pooled"].astype(jnp.float32)
 
 
 def fit_classifier(
-    features: np.ndarray, labels: np.ndarray, num_classes: int, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    features: Float[np.ndarray, "images channels"],
+    labels: Int[np.ndarray, " images"],
+    num_classes: int,
+    weights: Float[np.ndarray, " images"],
+) -> tuple[Float[np.ndarray, "channels classes"], Float[np.ndarray, " classes"]]:
     """Fit a linear classifier by logistic regression on standardized features.
 
     Args:
       features: (N, C).
-      labels: int (N,).
-      num_classes: that the classifier shall have.
+      labels: (N,).
+      num_classes: of the classifier.
       weights: (N,), of the images.
+
     Returns:
-      (kernel (C, num_classes), bias (num_classes,)), for the features as they are. A class without images is never
-      the first one.
+      (kernel (C, num_classes), bias (num_classes,)), for features that are not standardized. A class without images is
+      never predicted.
+
     Raises:
       InputError: all images are of one class.
     """
@@ -101,11 +128,11 @@ def fit_classifier(
     regression = LogisticRegression(C=1 / (PENALTY * weights.sum()), max_iter=MOST_STEPS)
     regression.fit((features - mean) / deviation, labels, sample_weight=weights)
     slopes, offsets = regression.coef_, regression.intercept_
-    if len(present) == 2:  # One logit of two.
+    if len(present) == 2:  # Then scikit-learn has one logit, that of the second class.
         slopes, offsets = (np.concatenate([-values, values]) / 2 for values in (slopes, offsets))
     kernel, bias = np.zeros((features.shape[1], num_classes)), np.zeros(num_classes)
     kernel[:, present] = slopes.T / deviation[:, None]
     bias[present] = offsets - mean @ kernel[:, present]
-    # So that classes without images are never predicted.
+    # Classes without images are never predicted.
     bias[np.setdiff1d(np.arange(num_classes), present)] = bias.min() - 1000
     return kernel, bias

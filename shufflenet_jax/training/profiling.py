@@ -1,4 +1,4 @@
-"""A trace of a few steps of a run: what the devices and the host do at each moment."""
+"""A trace of a few steps of a run: the work of the devices and the host over time."""
 
 import contextlib
 import logging
@@ -8,17 +8,25 @@ from pathlib import Path
 import jax
 
 from ..files import path_of, printable, writing
+from ..shapes import Batch, Metrics
 from .state import State
 
 logger = logging.getLogger(__name__)
 
-FIRST, LAST = 20, 30  # Steps after the start: the program is compiled then, and batches wait.
+FIRST, LAST = 20, 30  # Steps after the start, when the program is compiled and batches wait.
 
-Step = Callable[..., tuple[State, dict]]
+Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def make_folder(name: str | Path) -> Path:
-    """Return the folder for a trace; it is made if there is none. Raises InputError if it cannot be written."""
+    """Create the folder for a trace, if it does not exist.
+
+    Args:
+      name: its path.
+
+    Raises:
+      InputError: it cannot be written.
+    """
     folder = path_of(name)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,12 +35,13 @@ def make_folder(name: str | Path) -> Path:
 
 @contextlib.contextmanager
 def traced(step: Step, folder: Path | None, start: int) -> Iterator[Step]:
-    """Give the block a step that traces its calls FIRST to LAST into a folder, for TensorBoard or Perfetto.
+    """Yield a step that traces its calls FIRST to LAST into a folder, for TensorBoard or Perfetto.
 
     Args:
       step: `(state, batch) -> (state, metrics)`.
-      folder: where the trace goes, from `make_folder`; None traces nothing.
-      start: steps that the run has behind it.
+      folder: for the trace, from `make_folder`; None traces nothing.
+      start: number of the step before the first call.
+
     Raises:
       InputError: the folder cannot be written any more.
     """
@@ -41,11 +50,11 @@ def traced(step: Step, folder: Path | None, start: int) -> Iterator[Step]:
         return
     taken, tracing = 0, False
 
-    def traced_step(state, batch):
+    def traced_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         nonlocal taken, tracing
         taken += 1
         if taken == FIRST:
-            jax.block_until_ready(state)  # Steps are only queued; those before do not belong to the trace.
+            jax.block_until_ready(state)  # Steps are only queued; wait for those before the trace.
             jax.profiler.start_trace(folder, profiler_options=_options())
             tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=start + taken):
@@ -61,7 +70,7 @@ def traced(step: Step, folder: Path | None, start: int) -> Iterator[Step]:
         if tracing:
             _stop(folder, start + FIRST, start + taken)
         elif taken < FIRST:
-            logger.warning("the run took %d steps, but a trace begins at step %d: there is none", taken, FIRST)
+            logger.warning("no trace: the run took %d steps, but the trace begins at step %d", taken, FIRST)
 
 
 def _options() -> jax.profiler.ProfileOptions:
@@ -71,7 +80,7 @@ def _options() -> jax.profiler.ProfileOptions:
 
 
 def _stop(folder: Path, first: int, last: int) -> bool:
-    """End the trace; return that nothing is traced any more."""
+    """End the trace; return whether it still runs, which is False."""
     with writing(folder):
         jax.profiler.stop_trace()
     logger.info("trace of steps %d to %d: %s", first, last, printable(str(folder)))

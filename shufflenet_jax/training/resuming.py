@@ -1,4 +1,4 @@
-"""Whether a run may continue: with which other settings, and on which data."""
+"""Checks before a run continues: which settings may change, and whether the data are the same."""
 
 import logging
 import unicodedata
@@ -10,32 +10,44 @@ from .. import checkpoint
 from ..config import ModelInfo, current_settings
 from ..data.fingerprint import Fingerprint
 from ..data.inventory import some
-from ..errors import InputError
+from ..errors import InputError, Unchecked
 
 logger = logging.getLogger(__name__)
 
-# A resumed run gives the same numbers whatever these say, up to rounding.
+# Settings that do not change the numbers of a resumed run, up to rounding.
 FREE_TO_CHANGE = frozenset(("accumulate", "eval_batch_size", "keep", "log_every", "workers", "max_damaged"))
-PLACES = frozenset(("data", "data_dir"))  # Where the data lie does not matter to a run that recognizes them.
+PLACES = frozenset(("data", "data_dir"))  # The place of the data may change if the run recognizes them.
 LENGTHS = frozenset(("epochs", "steps"))
 
 
 class Data(NamedTuple):
-    """The fingerprints of what a run trains and evaluates on."""
+    """The fingerprints of a run's data.
+
+    Attributes:
+      train: of the training examples.
+      eval: of the evaluation examples.
+    """
 
     train: Fingerprint
     eval: Fingerprint
 
     def to_json(self) -> dict[str, Any]:
-        """Return what config.json holds of it."""
+        """Return the fingerprints as config.json holds them."""
         return {name: part._asdict() for name, part in self._asdict().items()}
 
     @classmethod
-    def from_json(cls, value: Any) -> "Data":
-        """Read what `to_json` returned. Raises TypeError, AttributeError or ValueError on anything else."""
+    def from_json(cls, value: Unchecked) -> "Data":
+        """Convert the value in config.json back.
+
+        Args:
+          value: from `to_json`.
+
+        Raises:
+          TypeError, AttributeError, ValueError: the value has another form.
+        """
         data = cls(**{name: Fingerprint(**part) for name, part in value.items()})
         if not all(type(part.examples) is int and type(part.sha256) is str for part in data):
-            raise ValueError("its fingerprint of the data is none")
+            raise ValueError("its fingerprint of the data is damaged")
         return data
 
 
@@ -45,13 +57,13 @@ class Data(NamedTuple):
 def require_same_settings(
     workdir: Path, settings: Mapping[str, Any], before: Mapping[str, Any], *, places_matter: bool
 ) -> None:
-    """Raise InputError if the run in a workdir has other settings that change its numbers.
+    """Raise InputError if settings would change the numbers of the run in a workdir.
 
     Args:
       workdir: the folder of the run.
-      settings: the fields of the TrainConfig with which it shall continue.
+      settings: the fields of the TrainConfig with which to continue.
       before: those with which it last started, as that version stored them.
-      places_matter: whether the data must lie where they were.
+      places_matter: whether the data must be in the same place.
     """
     unknown = before.keys() - settings.keys()
     if unknown:
@@ -62,7 +74,7 @@ def require_same_settings(
     before = current_settings(before)
     free = FREE_TO_CHANGE | (frozenset() if places_matter else PLACES)
     changed = [key for key in settings if key not in free and settings[key] != before[key]]
-    if before["steps"] and settings["steps"]:  # Then epochs mean nothing.
+    if before["steps"] and settings["steps"]:  # Then epochs have no effect.
         changed = [key for key in changed if key != "epochs"]
     if changed and LENGTHS.issuperset(changed):
         _require_growth(workdir, settings, before)
@@ -83,7 +95,7 @@ def _require_growth(workdir: Path, settings: Mapping[str, Any], before: Mapping[
     reason = None
     if before["schedule"] != "constant":
         reason = (
-            f"its {before['schedule']} schedule falls to 0 over the whole run, so that a longer one has other learning "
+            f"its {before['schedule']} schedule falls to 0 over the whole run, so a longer run has other learning "
             "rates from its first step on"
         )
     elif before["recalibrate"]:
@@ -101,14 +113,14 @@ def _require_growth(workdir: Path, settings: Mapping[str, Any], before: Mapping[
 def require_same_data(
     workdir: Path, place: str, info: ModelInfo, data: Data, before: Data | None, *, changed_data: bool
 ) -> None:
-    """Raise InputError if the run in a workdir was trained on other classes or examples; warn of what is accepted.
+    """Raise InputError if the run in a workdir was trained on other classes or examples; warn of accepted changes.
 
     Args:
       workdir: the folder of the run, with its model.json.
-      place: what the data is called.
+      place: name of the data.
       info: the ModelInfo of the network with the classes of the data.
       data: the Data to continue on.
-      before: those it was last trained on; None where an older version wrote the workdir.
+      before: the Data of the last start; None if an older version wrote the workdir.
       changed_data: accept other examples of the same classes.
     """
     if data == before:
@@ -116,7 +128,7 @@ def require_same_data(
     _require_same_classes(workdir, place, info)
     if before is None:
         logger.warning(
-            "an older version wrote %s, without a fingerprint of its data: nothing shows whether %s still holds the "
+            "an older version wrote %s, without a fingerprint of its data: it is unknown whether %s still holds the "
             "examples that it was trained on",
             workdir,
             place,
@@ -130,7 +142,7 @@ def require_same_data(
     if not changed_data:
         raise InputError(
             f"{place} does not hold the examples that the run in {workdir} was trained on: {differences}; restore "
-            "them, give `changed_data` to continue on what is there now, or choose another `workdir`"
+            "them, give `changed_data` to continue on the present examples, or choose another `workdir`"
         )
     logger.warning("%s continues on other examples than before: %s", workdir, differences)
 
@@ -147,8 +159,8 @@ def _require_same_classes(workdir: Path, place: str, now: ModelInfo) -> None:
         before = checkpoint.read_info(workdir)
     except InputError as error:
         raise InputError(
-            f"which classes the run in {workdir} was trained on cannot be read from its {checkpoint.INFO}; restore the "
-            "file, or choose another `workdir`"
+            f"the classes of the run in {workdir} cannot be read from its {checkpoint.INFO}; restore the file, or "
+            "choose another `workdir`"
         ) from error
     if (now.num_classes, now.classes) == (before.num_classes, before.classes):
         return
@@ -159,7 +171,7 @@ def _require_same_classes(workdir: Path, place: str, now: ModelInfo) -> None:
             [name for name in names if name not in others]
             for names, others in ((before.classes, now.classes), (now.classes, before.classes))
         )
-        show = ascii if _forms(missing) & _forms(new) else str  # What looks the same must not be shown the same.
+        show = ascii if _forms(missing) & _forms(new) else str  # Names that look the same must differ in the message.
         named = {"missing": missing, "new": new}
         difference = ", ".join(f"{word}: {some([show(n) for n in names])}" for word, names in named.items() if names)
     raise InputError(

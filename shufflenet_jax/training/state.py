@@ -1,4 +1,4 @@
-"""The state of a training: all that the next step depends on."""
+"""The state of a training: everything that the next step depends on."""
 
 from typing import Any
 
@@ -6,26 +6,53 @@ import jax
 import jax.numpy as jnp
 from flax.training import train_state
 
+from ..batch_groups import Epoch
+from ..config import TrainConfig
+from ..model import ShuffleNetV2
+from ..shapes import Variables
 from .optimizer import make_optimizer
 
 
 class State(train_state.TrainState):
-    """Everything that the next step depends on: step, params, opt_state, batch_stats and, where kept, averages."""
+    """Everything that the next step depends on.
 
+    All fields are trees of arrays, in whose place JAX puts other objects when it transforms the state, so they have no
+    types.
+
+    Attributes:
+      step: number of steps so far.
+      params: the network's parameters.
+      opt_state: of the optimizer.
+      batch_stats: the running statistics.
+      ema: {"params", "batch_stats"}, moving averages of both, or None.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
     batch_stats: Any
-    ema: Any  # {"params", "batch_stats"}, moving averages of both, or None.
+    ema: Any
 
     @property
-    def variables(self):
+    def variables(self) -> Variables:
+        """{"params", "batch_stats"}."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
-    def optimizer(self):
+    def optimizer(self) -> dict[str, Any]:
+        """{"step", "opt_state"}."""
         return {"step": self.step, "opt_state": self.opt_state}
 
 
-def create_state(module, config, epoch, variables):
-    """The state before the first step of a run, from a network's {"params", "batch_stats"}."""
+def create_state(module: ShuffleNetV2, config: TrainConfig, epoch: Epoch, variables: Variables) -> State:
+    """Create the state before the first step of a run.
+
+    Args:
+      module: the network.
+      config: the settings.
+      epoch: number of steps of a pass.
+      variables: the network's {"params", "batch_stats"}.
+    """
     return State.create(
         apply_fn=module.apply,
         tx=make_optimizer(config, epoch),

@@ -1,69 +1,96 @@
 """One step of training: pure functions of one device."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from ..batch_groups import AXIS
-from ..config import Preprocess
+from ..batch_groups import AXIS, BatchGroups, BatchPlan, Epoch
+from ..config import Preprocess, TrainConfig
 from ..data import mixing, normalization
+from ..deploy import Deployed
 from ..evaluation.ranking import label_ranks
+from ..model import ShuffleNetV2
+from ..shapes import Array, Batch, Images, Metrics, Params, Variables
 from .averages import average_weights, recalibrate
-from .losses import Targets, image_losses
+from .losses import ClassWeights, Targets, image_losses
 from .optimizer import is_frozen
-from .packing import UNPACKED
+from .packing import UNPACKED, Packing
 from .schedule import count_steps
+from .state import State
 
 
 class Teacher(NamedTuple):
-    """A network whose predictions another one learns; its weights are an argument of the step."""
+    """A network whose predictions another one learns; its weights are an argument of the step.
 
-    module: Any  # `apply(weights, images)` returns (logits, features).
+    Attributes:
+      module: the network.
+      preprocess: how to prepare images for it.
+    """
+
+    module: ShuffleNetV2 | Deployed
     preprocess: Preprocess
 
 
 class Constants(NamedTuple):
-    """Arrays that steps read and never change."""
+    """Arrays that steps read and never change.
 
-    class_weights: Any = None  # (num_classes,), or None.
-    teacher: Any = None  # The weights of the teacher, or None.
+    Attributes:
+      class_weights: (num_classes,), factors on the losses of each class, or None.
+      teacher: the weights of the teacher, or None.
+    """
+
+    class_weights: ClassWeights | None = None
+    teacher: Variables | None = None
 
 
-def train_step(module, config, epoch, state, batch, constants, *, teacher=None, packing=UNPACKED):
-    """Take one SGD step on this device's share of the batch; the gradient is that of the mean over all images.
+def train_step(
+    module: ShuffleNetV2,
+    config: TrainConfig,
+    epoch: Epoch,
+    state: State,
+    batch: Batch,
+    constants: Constants,
+    *,
+    teacher: Teacher | None = None,
+    packing: Packing = UNPACKED,
+) -> tuple[State, Metrics]:
+    """Take one step on this device's share of the batch, with the gradient of the mean over all images.
 
     Args:
-      module: a ShuffleNetV2 with a classifier.
-      config: a TrainConfig: how the uint8 images are normalised and mixed, the loss, and the seed.
-      epoch: an Epoch, whose plan says in which parts the batch comes and which images share batch statistics.
+      module: the network, with a classifier.
+      config: how to normalize and mix the uint8 images, the loss, and the seed.
+      epoch: its plan divides the batch into parts and groups of images that share batch statistics.
       state: a State, in the arrays of the packing.
-      batch: {"images": uint8 (parts, R, H, W, C), "labels": (parts, R)}, in the last batch of an epoch "mask": (parts,
-        R), 0 for padding, "flip", "erase" as in `normalization.network_inputs`, and "teacher": (parts, R, num_classes),
-        stored logits to learn.
+      batch: {"images": uint8 (parts, R, H, W, C), "labels": int (parts, R)} and, if they apply, "mask": (parts, R), 0
+        for padding in the last batch of an epoch, "flip" and "erase" as in `normalization.network_inputs`, and
+        "teacher": (parts, R, num_classes), stored logits to learn.
       constants: the Constants of the run.
-      teacher: a Teacher.
+      teacher: the network to learn from.
       packing: the Packing of the state.
+
     Returns:
-      The next State, and the batch's {"loss", "top1", "top5", "grad_norm"}, top1 and top5 in percent. Where images are
-      mixed, the label with the larger share counts.
+      (the next State, {"loss", "top1", "top5", "grad_norm"} of the batch). top1 and top5 are in percent; of mixed
+      images the label with the larger share counts.
     """
     plan, device = epoch.plan, jax.lax.axis_index(AXIS)
     dropout_key, mixing_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     variables = packing.unpack(state.variables)
     images = jax.lax.psum(batch["mask"].sum(), AXIS) if "mask" in batch else plan.batch_size
 
-    def one_part(number):
+    def one_part(number: Array | int) -> tuple[Params, Params, Metrics]:
         part = {name: column[number] for name, column in batch.items()}
         groups = plan.groups_on(number, device, part.get("mask"))
         inputs, targets = mix_part(config, plan, mixing_key, part, groups)
-        if teacher:
+        if teacher and constants.teacher is not None:
             taught, _ = teacher.module.apply(constants.teacher, inputs(teacher.preprocess, module.dtype))
             targets = targets._replace(teacher=taught)
 
-        def loss_fn(params):
+        def loss_fn(params: Params) -> tuple[Array, tuple[Params, Metrics]]:
             params = jax.tree.map_with_path(
                 lambda path, leaf: jax.lax.stop_gradient(leaf) if is_frozen(path, config.frozen) else leaf, params
             )
@@ -103,7 +130,7 @@ def train_step(module, config, epoch, state, batch, constants, *, teacher=None, 
     statistics = jax.lax.pmean(statistics, AXIS)
     if config.recalibrate:
         statistics = recalibrate(state.step - count_steps(config, epoch), state.batch_stats, statistics)
-    # XLA's CPU maximum drops NaN, so that a loss can look sound when the gradient no longer is.
+    # XLA's maximum on CPUs drops NaN, so the loss may look finite when the gradient is not.
     metrics = {**sums, "grad_norm": optax.tree.norm(grads)}
     after = state.apply_gradients(grads=grads, batch_stats=statistics)
     if config.ema_decay:
@@ -111,15 +138,18 @@ def train_step(module, config, epoch, state, batch, constants, *, teacher=None, 
     return after, metrics
 
 
-def mix_part(config, plan, key, part, groups):
-    """Mix the images of a part of a batch, where the configuration asks for mixup or CutMix.
+def mix_part(
+    config: TrainConfig, plan: BatchPlan, key: Array, part: Batch, groups: BatchGroups
+) -> tuple[Callable[[Preprocess, DTypeLike], Images], Targets]:
+    """Mix the images of a part of a batch, if the settings ask for mixup or CutMix.
 
     Args:
-      config: a TrainConfig.
-      plan: the BatchPlan.
-      key: a JAX key, that of the step.
+      config: the settings.
+      plan: how the batch is divided.
+      key: the random key of the step.
       part: the batch's arrays (R, ...) on this device.
       groups: the BatchGroups of the part.
+
     Returns:
       (a function from a Preprocess and a dtype to the network's input, the Targets).
     """
@@ -131,7 +161,7 @@ def mix_part(config, plan, key, part, groups):
     share, weights = mixing.draw(key, groups.places // plan.group, config.mixup, config.cutmix, *size)
     following = groups.following(labels)
 
-    def inputs(preprocess, dtype):
+    def inputs(preprocess: Preprocess, dtype: DTypeLike) -> Images:
         wide = normalization.network_inputs(part, preprocess, jnp.promote_types(dtype, jnp.float32))
         return mixing.mix(wide, weights, groups).astype(dtype)
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: its accuracy with intervals, its worst classes, and those that it confuses."""
+"""The summary of a run: its accuracy with intervals, its worst classes, and the classes that it confuses."""
 
 import json
 from pathlib import Path
@@ -17,13 +17,13 @@ MOST_KEPT = 100
 
 
 class Summary(NamedTuple):
-    """How well a network does on the evaluation split at the end of its training.
+    """The accuracy of a network on the evaluation split at the end of its training.
 
     Attributes:
       step: after which it was evaluated.
-      images: of the split.
-      last: the Share of the images that are right.
-      best: the same at the evaluation with the highest top-1, which was chosen by these very images.
+      images: number of images of the split.
+      last: the Share of correct predictions.
+      best: the same at the evaluation with the highest top-1, which was chosen on the same images.
       best_step: the step of that evaluation.
       means: precision, recall and F1 over the classes, and balanced accuracy, in percent.
       worst: ClassRows, the worst first, at most MOST_KEPT of them.
@@ -47,7 +47,7 @@ def summarize(step: int, pairs: np.ndarray, num_classes: int, best: tuple[int, f
       step: the last one.
       pairs: int (N, 2), label and prediction of each image after it.
       num_classes: of the network.
-      best: the step with the highest top-1, and that in percent.
+      best: the step with the highest top-1, and that top-1 in percent.
     """
     labels, predicted = pairs.T
     return Summary(
@@ -63,7 +63,12 @@ def summarize(step: int, pairs: np.ndarray, num_classes: int, best: tuple[int, f
 
 
 def write_summary(workdir: Path, summary: Summary) -> None:
-    """Keep a Summary in a workdir."""
+    """Store a Summary in a workdir.
+
+    Args:
+      workdir: folder of the run.
+      summary: the Summary.
+    """
     values: dict[str, Any] = summary._asdict()
     values |= {"last": summary.last._asdict(), "best": summary.best._asdict()}
     values["worst"] = [row._asdict() for row in summary.worst]
@@ -72,7 +77,11 @@ def write_summary(workdir: Path, summary: Summary) -> None:
 
 
 def read_summary(workdir: Path) -> Summary | None:
-    """Return the Summary that a workdir keeps; None where there is none, or none that can be read."""
+    """Return the Summary of a workdir; None if it has none, or an unreadable one.
+
+    Args:
+      workdir: folder of the run.
+    """
     try:
         values = json.loads(read_file(workdir / SUMMARY))
         values |= {name: Share(**values[name]) for name in ("last", "best")}
@@ -84,16 +93,21 @@ def read_summary(workdir: Path) -> Summary | None:
 
 
 def describe_summary(summary: Summary, classes: tuple[str, ...] | None) -> list[str]:
-    """Return a Summary in lines."""
+    """Describe a Summary in lines.
 
-    def share(found: Share) -> str:
-        interval = f"95 % interval {found.low:.1f} to {found.high:.1f} %"
-        return f"{found.percent:.2f} % ({found.right} of {summary.images} images), {interval}"
+    Args:
+      summary: the Summary.
+      classes: names of the classes, if they have any.
+    """
+
+    def describe(share: Share) -> str:
+        interval = f"95 % interval {share.low:.1f} to {share.high:.1f} %"
+        return f"{share.percent:.2f} % ({share.right} of {summary.images} images), {interval}"
 
     means = {name: f"{value:.2f} %" for name, value in summary.means.items()}
     lines = [
-        f"last: step {summary.step}, top-1 {share(summary.last)}",
-        f"best: step {summary.best_step}, top-1 {share(summary.best)}; chosen by these images, so it flatters",
+        f"last: step {summary.step}, top-1 {describe(summary.last)}",
+        f"best: step {summary.best_step}, top-1 {describe(summary.best)}; chosen by these images, so it flatters",
         f"balanced accuracy {means['balanced_accuracy']}; over the classes: precision {means['precision']}, recall "
         f"{means['recall']}, F1 {means['f1']}",
         "worst classes:",

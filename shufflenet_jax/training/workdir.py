@@ -1,4 +1,4 @@
-"""The folder of a training run: which settings, libraries and code made the numbers in it."""
+"""The folder of a training run: its record of settings, libraries and code."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .. import checkpoint, parallel
 from ..config import ModelInfo, TrainConfig, current_settings
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
 CONFIG, LOCK, FINISHED = "config.json", "lock", "finished"
-# On which the numbers depend; a checkout is no installed package, but has a commit.
+# The numbers depend on these; this package may be a checkout, which has a commit instead.
 LIBRARIES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy"),
     *("opencv-python-headless", "pillow", "simplejpeg", "shufflenet_jax"),
@@ -43,20 +43,22 @@ def claimed(
     chosen: Chosen | None = None,
     changed_data: bool = False,
 ) -> Iterator[None]:
-    """Keep a workdir for this run; of its processes the first one does.
+    """Reserve a workdir for this run, within the block; only the first process does so.
 
-    A run that has not saved a checkpoint yet may start again with other settings and data, and writes config.json and
-    model.json here. One that has is left as it is: `record_start` notes that it continues.
+    A run without a saved checkpoint may start again with other settings and data, and writes config.json and model.json
+    here. Otherwise these files stay as they are, and `record_start` notes that the run continues.
 
     Args:
-      workdir: its folder; it is made if there is none.
+      workdir: the folder; it is created if there is none.
       config: the TrainConfig.
       info: the ModelInfo of the network.
-      data: the Data, its fingerprints.
-      chosen: the settings that a rule chose, to be noted.
+      data: the fingerprints of the data.
+      chosen: the settings that a rule chose, to be recorded.
       changed_data: accept other examples than the run was trained on.
+
     Raises:
-      InputError: the folder is no training's, has a run with other settings or data, or belongs to another run now.
+      InputError: the folder belongs to something else or to a running process, or has a run with other settings or
+        data.
     """
     lock = partial(_locked, workdir, config, info, data, chosen=chosen, changed_data=changed_data)
     with lock() if parallel.is_first() else contextlib.nullcontext():
@@ -74,13 +76,13 @@ def _locked(
     if begun:
         _require_continuable(workdir, config, info, data, changed_data=changed_data)
     elif workdir.exists() and not (workdir / CONFIG).exists() and not _holds_leftovers(workdir):
-        raise InputError(f"{workdir} exists and is no training of ours; choose another `workdir`")
+        raise InputError(f"{workdir} exists and is not the folder of a training run; choose another `workdir`")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / LOCK).touch()
     except OSError as error:
         raise InputError(f"{workdir} cannot be written: {error.strerror}; choose another `workdir`") from error
-    with open(workdir / LOCK) as lock:  # Closing it, or the end of the process in any way, gives it back.
+    with open(workdir / LOCK) as lock:  # The lock ends when this closes, or when the process ends in any way.
         _take(lock, workdir)
         if not begun:
             rule = {"rule": chosen._asdict()} if chosen else {}
@@ -91,7 +93,7 @@ def _locked(
 def _require_continuable(
     workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, changed_data: bool
 ) -> None:
-    """Raise InputError if the run in a workdir cannot continue with these settings on these data."""
+    """Raise InputError if the run in a workdir cannot continue with these settings and data."""
     last = _last_start(_read_record(workdir / CONFIG))
     before = Data.from_json(last["data"]) if last["data"] else None
     places_matter = before is None and not changed_data
@@ -100,18 +102,28 @@ def _require_continuable(
 
 
 def stored_settings(workdir: Path) -> dict[str, Any]:
-    """Return the settings with which the run in a workdir last started; {} where there is none yet."""
+    """Return the settings with which the run in a workdir last started; {} if there is none yet.
+
+    Args:
+      workdir: the folder.
+
+    Raises:
+      InputError: its record is damaged.
+    """
     if not (checkpoint.has_steps(workdir) and (workdir / CONFIG).exists()):
         return {}
     return current_settings(_last_start(_read_record(workdir / CONFIG))["settings"])
 
 
 def record_start(workdir: Path, config: TrainConfig, info: ModelInfo, data: Data, *, continues: bool) -> None:
-    """Note in config.json that the run in a claimed workdir continues, and what is other now than at its last start.
+    """Record in config.json that the run in a claimed workdir continues, and what changed since its last start.
 
     Args:
-      workdir, config, info, data: as in `claimed`.
-      continues: whether it has steps left to take; else only what may be missing is written again.
+      workdir: the folder.
+      config: the TrainConfig.
+      info: the ModelInfo of the network.
+      data: the fingerprints of the data.
+      continues: whether it has steps left; otherwise only missing files are written again.
     """
     record, now = _read_record(workdir / CONFIG), _describe_start(config, data)
     if continues:
@@ -130,28 +142,32 @@ def _write(workdir: Path, record: dict[str, Any], info: ModelInfo) -> None:
 
 
 def _holds_leftovers(workdir: Path) -> bool:
-    """Whether a place is a folder that holds nothing, or what a run leaves that was killed at its start."""
+    """Return whether a folder is empty, or holds only leftovers of a run that was killed at its start."""
     return workdir.is_dir() and all(map(_is_leftover, workdir.iterdir()))
 
 
-def _is_leftover(path):
-    """Whether a run that was killed may have left this behind before it had written anything."""
+def _is_leftover(path: Path) -> bool:
+    """Return whether a run that was killed at its start may have left this file."""
     return path.name == LOCK or path.name.startswith((f".{CONFIG}.", f".{checkpoint.INFO}.", f".{METRICS}."))
 
 
-def _take(lock, workdir):
+def _take(lock: TextIO, workdir: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(f"another process trains in {workdir}; wait for it, or choose another `workdir`") from error
-    except OSError as error:  # Some network file systems know no locks.
+    except OSError as error:  # Some network file systems have no locks.
         logger.warning("%s cannot be locked (%s); start no second run there", workdir, error.strerror)
 
 
-def commit():
-    """The commit of the checkout that this code runs from, with a `+` where it was changed since, or None."""
+def commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, or None.
 
-    def git(*words):
+    Returns:
+      The commit, with a `+` if files have changed since.
+    """
+
+    def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
@@ -163,7 +179,7 @@ def commit():
 
 
 def _describe_start(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """Return what decides the numbers from now on: {"settings", "versions", "commit", "data"}."""
+    """Return what the numbers depend on from now on: {"settings", "versions", "commit", "data"}."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -173,31 +189,31 @@ def _describe_start(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 
 def _last_start(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what decided the numbers when a run last started; None for what an older version did not record."""
+    """Return what the numbers depended on when a run last started; None for what an older version did not record."""
     last = {"versions": None, "commit": None, "data": None} | record
     for start in last.pop("resumed", []):
         last = {**last, **start, "settings": last["settings"] | start.get("settings", {})}
     return last
 
 
-def _add_start(record, now):
-    """Appends to the record of a run what is other now than when it last started."""
+def _add_start(record: dict[str, Any], now: dict[str, Any]) -> None:
+    """Append to the record of a run what changed since its last start."""
     before = _last_start(record)
     settings = current_settings(before["settings"])
     changed = {key: value for key, value in now["settings"].items() if value != settings[key]}
-    other = {"settings": changed} if changed else {}
+    other: dict[str, Any] = {"settings": changed} if changed else {}
     other |= {key: now[key] for key in ("versions", "commit", "data") if now[key] != before[key]}
     if other:
         record["resumed"] = [*record.get("resumed", []), other]
 
 
-def _read_record(stored):
-    """What config.json holds. Raises InputError if that is no record of a run."""
+def _read_record(stored: Path) -> dict[str, Any]:
+    """Read a config.json. Raise InputError if it is damaged."""
+    reason: object = "it holds no settings"
     try:
         record = json.loads(read_file(stored))
         starts = [record, *record.get("resumed", [])]
         sound = all(isinstance(start.get("settings", {}), dict) for start in starts) and "settings" in record
-        reason = "it holds no settings"
         for start in starts:
             if start.get("data") is not None:
                 Data.from_json(start["data"])
