@@ -28,7 +28,7 @@ from . import parallel
 from .architecture import TABLE_FIELDS
 from .config import ModelInfo
 from .errors import InputError, Unchecked
-from .files import path_of, read_file, refused_write, require_plain, written_aside
+from .files import path_of, read_file, real_path, refused_write, require_plain, written_aside
 from .model import SETTINGS, ShuffleNetV2, variable_shapes
 from .shapes import Params, Variables
 
@@ -173,7 +173,7 @@ def load_directory(directory: str | Path, *, ema: bool = False, **settings: Unch
 
 def _workdir_of(directory: Path) -> Path | None:
     """Return the training workdir of a numbered checkpoint; None for any other folder."""
-    place = directory.resolve()
+    place = real_path(directory)
     numbered = place.parent.name == STEPS and place.name.isdigit() and not (directory / INFO).exists()
     return place.parent.parent if numbered else None
 

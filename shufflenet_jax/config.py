@@ -197,6 +197,7 @@ VAL_SHARE = 0.2  # Of each class, if a folder of images has no splits.
 MOST_SIDE = 10_000  # Pixels; far beyond any use.
 BALANCED = "balanced"  # All classes have the same weight, however many images each has.
 MOST_MAGNITUDE = 30  # Of RandAugment's operations, which have 31 strengths.
+MOST_STEPS = 2**31 - 1  # The step is an int32.
 MOST = 1_000_000  # Classes: far beyond any use, and an axis that JAX can still handle.
 # How the network's operations run: "reference" is the plain form, and slow; "auto" is the fastest one for the backend.
 LoweringName = Literal["auto", "cpu", "gpu", "reference"]
@@ -528,6 +529,9 @@ class TrainConfig:
         for name in (*lengths, *strengths, "eval_resize", "shift", "workers", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be 0 or more")
+        for name in (*counts, *lengths):
+            if getattr(self, name) > MOST_STEPS:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at most {MOST_STEPS}")
         for name in ("color_jitter", "random_erasing", "max_damaged", "min_area", "teacher_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be in [0, 1]")

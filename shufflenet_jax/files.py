@@ -89,6 +89,15 @@ def path_of(name: Unchecked) -> Path:
     return path
 
 
+def real_path(path: str | Path) -> Path:
+    """Return a path without links. Unlike `Path.resolve`, follow a loop of links as far as it goes, without an error.
+
+    Args:
+      path: of a file or folder, which need not exist.
+    """
+    return Path(os.path.realpath(path))
+
+
 def read_file(path: str | Path, most: int = LARGEST) -> bytes:
     """Return the bytes of a file.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import InputError
-from .files import UnwritableError, refused_write
+from .files import UnwritableError, real_path, refused_write
 from .installation import require_packages
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def download(repository: Repository, file: str) -> Path:
 
 def _require_announced(path: Path, repository: Repository) -> None:
     """Raise InputError if a file of the cache has another hash than the Hub announced, which the cache names it by."""
-    blob = path.resolve()
+    blob = real_path(path)
     content = blob.read_bytes()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         digest = hashlib.sha256(content).hexdigest()

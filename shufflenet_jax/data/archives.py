@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from .. import progress
 from ..errors import InputError
-from ..files import cache_dir, locked, printable, refused_write, written_aside
+from ..files import cache_dir, locked, printable, real_path, refused_write, written_aside
 from .locations import UNREADABLE, Location, open_zip
 from .trees import BROKEN, HIDDEN, OUTSIDE, REPLACED, SPECIAL, Listing, Skip, Tree, is_hidden
 
@@ -241,7 +241,7 @@ def plain_tar(path: Path) -> Path | None:
 def _unpacked(path: Path, opener: Opener) -> Path:
     """Return the decompressed copy of a tar in the cache, whose key is the file's path, size and time of change."""
     status = path.stat()
-    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
+    key = f"{real_path(path)} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
     target = cache_dir() / "archives" / f"{hashlib.sha256(key).hexdigest()[:16]}.tar"
     with locked(target):
         if not target.exists():

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
-from ..files import printable
+from ..files import printable, real_path
 from .archives import read_tar, tree_of
 from .inventory import Entry, Inventory, Part
 from .labels import imagenet_classes, validation_wnids
@@ -51,7 +51,7 @@ def labels_of_validation(images: Iterable[str], chain: list[Tree], path: Path) -
 def _solution(chain: list[Tree], path: Path) -> dict[str, str]:
     """Return Kaggle's table of the validation set, {image: WordNet ID}, from the folders or above them, or {}."""
     inside = (tree.files[SOLUTION] for tree in reversed(chain) if SOLUTION in tree.files)
-    above = islice(path.resolve().parents, SOLUTION_ABOVE)
+    above = islice(real_path(path).parents, SOLUTION_ABOVE)
     beside = (Location(str(folder / SOLUTION)) for folder in above if (folder / SOLUTION).is_file())
     location = next(inside, None) or next(beside, None)
     if location is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..files import printable
+from ..files import printable, real_path
 from .locations import Location
 
 # Formats that both OpenCV and Pillow decode.
@@ -211,7 +211,7 @@ def has_images(tree: Tree) -> bool:
 
 def disk_tree(path: Path) -> Tree:
     """Open a folder on a disk."""
-    return _tree_at(str(path), frozenset(_identity(str(parent)) for parent in path.resolve().parents))
+    return _tree_at(str(path), frozenset(_identity(str(parent)) for parent in real_path(path).parents))
 
 
 def _tree_at(path: str, above: frozenset[object]) -> Tree:

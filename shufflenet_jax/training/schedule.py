@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ..batch_groups import Epoch
-from ..config import TrainConfig
+from ..config import MOST_STEPS, TrainConfig
 from ..errors import InputError
 from ..shapes import Array
 
@@ -18,8 +18,14 @@ def count_steps(config: TrainConfig, epoch: Epoch) -> int:
     Args:
       config: the settings.
       epoch: number of steps of a pass.
+
+    Raises:
+      InputError: there are more than an int32 can count.
     """
-    return 1 if config.linear_probe else config.steps or config.epochs * epoch.steps
+    steps = 1 if config.linear_probe else config.steps or config.epochs * epoch.steps
+    if steps + config.recalibrate > MOST_STEPS:
+        raise InputError(f"the run takes {steps + config.recalibrate:,} steps, but {MOST_STEPS:,} are the most")
+    return steps
 
 
 def peak_rate(config: TrainConfig) -> float:
@@ -40,7 +46,8 @@ def count_warmup(config: TrainConfig, epoch: Epoch) -> int:
       config: the settings.
       epoch: number of steps of a pass.
     """
-    return 0 if config.linear_probe else config.warmup_steps + config.warmup_epochs * epoch.steps
+    steps = 0 if config.linear_probe else config.warmup_steps + config.warmup_epochs * epoch.steps
+    return min(steps, MOST_STEPS)  # Longer than any run.
 
 
 def make_schedule(config: TrainConfig, epoch: Epoch) -> Callable[[ArrayLike], Array]:
