@@ -25,7 +25,7 @@ from shufflenet_jax.config import ModelInfo
 from shufflenet_jax.data.labels import imagenet_classes
 from shufflenet_jax.errors import InputError
 from shufflenet_jax.exports.card import Statements, card
-from shufflenet_jax.exports.repository import config_of
+from shufflenet_jax.exports.repository import config_of, save_repository
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.model import variable_shapes
 from shufflenet_jax.porting.dialects import DIALECTS
@@ -154,14 +154,14 @@ def test_the_head_says_what_the_network_is(changes, expected):
 def test_the_config_is_timms(dialect):
     """timm's fields describe the input in RGB from 0 to 1, whatever the network takes."""
     rules, table = DIALECTS[dialect], TABLES[1.0]
-    info = ModelInfo(
+    described = ModelInfo(
         width=1.0,
         layout=rules.layout,
         num_classes=1000,
         preprocess=rules.preprocess_of(table),
         classes=tuple(imagenet_classes()),
     )
-    config = config_of(info, "MIT")
+    config = config_of(described, "MIT")
     assert config["architecture"] == "shufflenet_v2_x1_0" and config["num_features"] == 1024
     assert config["label_names"][:2] == ["n01440764", "n01443537"]
     assert config["label_descriptions"]["n01440764"] == "tench"
@@ -173,6 +173,27 @@ def test_the_config_is_timms(dialect):
     else:  # Rounded: MMPretrain's are ImageNet's usual ones times 255, to three digits.
         assert_allclose(cfg["mean"], [0.485, 0.456, 0.406], atol=1e-5)
         assert_allclose(cfg["std"], [0.229, 0.224, 0.225], atol=1e-5)
+
+
+NETWORKS = {
+    "BGR": ({"layout": "megvii"}, "megvii", 3),
+    "small stem": ({"small_stem": True}, "mmpretrain", 3),
+    "without conv5": ({"num_classes": 0, "conv5": False}, "mmpretrain", 3),
+    "five channels": ({"num_classes": 0}, "torchvision", 5),
+}
+
+
+@pytest.mark.parametrize(("settings", "dialect", "channels"), NETWORKS.values(), ids=NETWORKS)
+def test_any_network_comes_back_whole(settings, dialect, channels, tmp_path):
+    preprocess = DIALECTS[dialect].preprocess_of(TABLES[0.5]).with_channels(channels).with_side((192, 256))
+    usual = {"width": 0.5, "layout": "torchvision", "num_classes": 5, "in_chans": channels, "preprocess": preprocess}
+    described = ModelInfo(**(usual | settings))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), variable_shapes(module_of(described)))
+    described = dataclasses.replace(described, sha256=hash_of_variables(variables))
+    save_repository(tmp_path, variables, described, "MIT")
+    module, again, found = load_model(tmp_path)
+    assert (module, found, hash_of_variables(again)) == (module_of(described), described, described.sha256)
 
 
 def edit(folder, **changes):
