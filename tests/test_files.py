@@ -1,7 +1,7 @@
 import pytest
 
 from shufflenet_jax.errors import InputError
-from shufflenet_jax.files import written_aside
+from shufflenet_jax.files import real_path, written_aside
 
 
 def test_a_file_and_a_folder_take_their_place_at_the_end(tmp_path):
@@ -43,3 +43,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/inside cannot be written"), written_aside(tmp_path / "file/inside"):
         pass
+
+
+def test_the_real_path_of_a_link_is_its_target_and_a_loop_of_links_raises_nothing(tmp_path):
+    for link, target in {"link": "folder", "itself": "itself", "there": "back", "back": "there"}.items():
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "folder").mkdir()
+    assert real_path(tmp_path / "link" / "missing") == tmp_path.resolve() / "folder/missing"
+    for loop in ("itself", "there"):
+        assert real_path(tmp_path / loop).parent == tmp_path.resolve()

@@ -18,7 +18,7 @@ from small_training import TINY_TABLE, few_units, interrupted
 from tensorboardX.proto import event_pb2
 
 from shufflenet_jax import __main__, checkpoint
-from shufflenet_jax.commands import evaluate, info, train
+from shufflenet_jax.commands import evaluate, to_torch, train
 from shufflenet_jax.config import TrainConfig
 from shufflenet_jax.data import normalization
 from shufflenet_jax.data.pipeline import train_batches
@@ -513,3 +513,28 @@ def test_the_schedule_of_a_learning_rate_of_zero_is_printed(call):
     status, out, stderr = call(train.main, "--config", "digits", "--learning-rate", 0, "--print-schedule")
     assert status == 0, stderr
     assert "learning rate 0" in out
+
+
+def test_more_steps_than_an_int32_counts_are_refused(refused, call):
+    for name in ("steps", "epochs", "warmup-steps", "ema-every", "batch-size"):
+        message = refused(train.main, "--config", "digits", f"--{name}", 2**31, "--print-schedule")
+        assert f"{name.replace('-', '_')} is 2147483648, but must be at most 2147483647" in message
+    long = {"--epochs": 2**31 - 1, "--steps": 2**31 - 2}
+    for option, count in long.items():
+        message = refused(train.main, "--config", "digits", option, count, "--recalibrate", 2, "--print-schedule")
+        assert "steps, but 2,147,483,647 are the most" in message
+    status, out, stderr = call(train.main, "--config", "digits", "--steps", 2**31 - 1, "--print-schedule")
+    assert status == 0 and "2,147,483,646" in out, stderr
+    argv = ("--steps", 5, "--warmup-epochs", 2**31 - 1, "--warmup-first", "false", "--print-schedule")
+    status, _, stderr = call(train.main, "--config", "digits", *argv)
+    assert status == 0, stderr
+
+
+def test_a_checkpoint_that_is_a_loop_of_links_is_refused(refused, tmp_path):
+    (tmp_path / "model").symlink_to("model")
+    for main, argv in {
+        to_torch.main: ("--dialect", "mmpretrain", "--out", tmp_path / "x.pth"),
+        evaluate.main: (),
+    }.items():
+        place = (tmp_path / "model",) if argv else ("--checkpoint", tmp_path / "model", "--data", "digits")
+        assert "model" in refused(main, *place, *argv)
