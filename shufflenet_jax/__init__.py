@@ -90,8 +90,8 @@ def load(
         of its numbered checkpoints or a .pth file.
       num_classes: of a new classifier; None means the checkpoint's, 0 none.
       in_chans: channels of the images, as in `get_model`; None means the checkpoint's.
-      settings: `conv5`, the `seed` of a new classifier, or fields of ShuffleNetV2 like `dtype`,
-        `lowering` or `remat`.
+      settings: `conv5`, the `seed` of a new classifier, `features_only` and `out_indices`, or fields of ShuffleNetV2
+        like `dtype`, `lowering` or `remat`.
 
     Returns:
       (module, variables): a ShuffleNetV2 and its {"params", "batch_stats"} as NumPy arrays.

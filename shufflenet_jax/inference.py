@@ -281,9 +281,9 @@ class Backbone:
 
 def _to_prepare(images: Unchecked) -> bool:
     """Return whether the model must prepare images first: all but arrays (B, H, W, C), of floats, or in a program."""
-    if isinstance(images, jax.core.Tracer) or not hasattr(images, "ndim"):
-        return not isinstance(images, jax.core.Tracer)
-    return bool(images.ndim < 4 and images.dtype == np.uint8)
+    if isinstance(images, jax.core.Tracer):
+        return False
+    return not hasattr(images, "ndim") or bool(images.ndim < 4 and images.dtype == np.uint8)
 
 
 def _warn_of_crops(images: Sequence[Named], size: tuple[int, int]) -> None:
