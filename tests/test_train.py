@@ -94,7 +94,7 @@ def test_a_profile_holds_steps_20_to_30_for_tensorboard_and_perfetto(trained):
 
 @pytest.mark.parametrize(
     ("steps", "traced", "told"),
-    [(19, [], "a trace begins at step 20: there is none"), (22, [120, 121, 122], "trace of steps 120 to 122: ")],
+    [(19, [], "but the trace begins at step 20"), (22, [120, 121, 122], "trace of steps 120 to 122: ")],
 )
 def test_the_trace_of_a_run_that_ends_before_step_30_has_what_there_is(tmp_path, caplog, steps, traced, told):
     """The run continues after step 100."""
@@ -451,7 +451,7 @@ def test_a_folder_that_is_no_training_is_left_alone(ten_classes, tmp_path, refus
     model, _ = ten_classes
     shutil.copytree(model, tmp_path / "model")
     before = (tmp_path / "model/model.json").read_text()
-    assert "no training of ours" in refused(train.main, *TINY, "--workdir", tmp_path / "model")
+    assert "not the folder of a training run" in refused(train.main, *TINY, "--workdir", tmp_path / "model")
     assert (tmp_path / "model/model.json").read_text() == before
     assert len(list((tmp_path / "model").iterdir())) == 2
 

@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from ..errors import Unchecked
 from ..evaluation.ranking import label_ranks
-from ..shapes import Array, Features, Logits
+from ..shapes import Array
 
+Output = TypeVar("Output")  # An array of JAX, NumPy or PyTorch.
 Outputs = Sequence[Array]
 
 
@@ -94,7 +95,7 @@ def measure_agreement(
     return Agreement(images, difference, largest, agreeing, (our_top1, our_top5), (their_top1, their_top5))
 
 
-def last(logits: Logits | None, features: Features) -> Array:
+def last(logits: Output | None, features: Mapping[str, Output]) -> Output:
     """Return the output by which weights are compared: logits, or the last feature of a backbone.
 
     Args:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -131,7 +131,7 @@ def save_torch(path: str | Path, model: Trained, dialect: str) -> None:
 
 def load_torch(
     path: str | Path, model: Trained, dialect: str
-) -> Callable[[np.ndarray], tuple[Any, dict[str, np.ndarray]]]:
+) -> Callable[[np.ndarray], tuple[np.ndarray | None, dict[str, np.ndarray]]]:
     """Return a function from normalized images (B, H, W, C) to the outputs of a PyTorch file.
 
     The file's tensors must have exactly the names of the dialect's network.
@@ -150,9 +150,10 @@ def load_torch(
     network.load_state_dict(content.get("state_dict", content))
     network.eval()
 
-    def run(images: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
+    def run(images: np.ndarray) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
         with torch.inference_mode():
             logits, features = network(torch.tensor(nchw(images)))
+        logits = None if logits is None else logits.numpy()
         return logits, {name: nhwc(feature.numpy()) for name, feature in features.items()}
 
     return run

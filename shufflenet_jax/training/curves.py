@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import InputError
 from ..files import written_aside
+from ..shapes import Array
 from .logs import METRICS, read_metrics
 
 PANELS = {  # {figure: (label, scale, splits that have it)}
@@ -58,7 +58,7 @@ def plot_curves(workdir: Path, *, title: str | None = None) -> Path:
     return target
 
 
-def plot_schedule(epochs: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, target: Path) -> None:
+def plot_schedule(epochs: Sequence[float] | Array, rates: Sequence[float] | Array, target: Path) -> None:
     """Draw the learning rate over the epochs into a PNG file.
 
     Args:

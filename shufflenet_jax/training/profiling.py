@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -50,7 +51,7 @@ def traced(step: Step, folder: Path | None, start: int) -> Iterator[Step]:
         return
     taken, tracing = 0, False
 
-    def traced_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def traced_step(state: Any, batch: Any) -> tuple[Any, Metrics]:  # noqa: ANN401 - those of the step.
         nonlocal taken, tracing
         taken += 1
         if taken == FIRST:

@@ -80,7 +80,7 @@ def balanced_weights(counts: Int[np.ndarray, " classes"]) -> ClassWeights:
     return (counts.sum() / (max(1, (counts > 0).sum()) * present)).astype(np.float32)
 
 
-def load_class_weights(path: str, num_classes: int) -> ClassWeights:
+def load_class_weights(path: str | Path, num_classes: int) -> ClassWeights:
     """Read class weights from a text file with one number per line.
 
     Args:
@@ -130,7 +130,7 @@ def load_teacher(config: TrainConfig, info: ModelInfo) -> tuple[Teacher, Variabl
     return Teacher(deployed, theirs.preprocess), weights
 
 
-def load_predictions(path: str, source: Source) -> Predictions:
+def load_predictions(path: str | Path, source: Source) -> Predictions:
     """Read a teacher's stored predictions of all examples.
 
     Args:
