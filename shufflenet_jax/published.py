@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import logging
 import os
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,6 +22,7 @@ MIRROR = "SHUFFLENET_JAX_MIRROR"
 OPENMMLAB = "https://download.openmmlab.com/mmclassification/v0/shufflenet_v2/"
 UNREACHED = (OSError, ValueError, http.client.HTTPException)  # What urllib raises.
 SILENT_SECONDS = 60  # After which a server that sends nothing is given up.
+SLOWEST = 1000  # Bytes a second, on average; a slower server is given up.
 LARGEST_DOWNLOAD = 100_000_000  # Bytes: three times the largest published file, and more than photographs have.
 CHUNK = 2**16  # Bytes.
 PYTORCH = "https://download.pytorch.org/models/"
@@ -179,23 +181,25 @@ def fetch(url: str, *, seconds: float, description: str | None = None) -> bytes:
 
     Args:
       url: the address.
-      seconds: longest time without an answer.
+      seconds: longest time without an answer, and twice that the longest before the average rate counts.
       description: for a progress bar; None shows none.
 
     Raises:
-      OSError, ValueError, HTTPException: the download fails, is too large, or is cut off.
+      OSError, ValueError, HTTPException: the download fails, is too large or too slow, or is cut off.
     """
     # Some servers refuse urllib's own name.
     request = urllib.request.Request(url, headers={"User-Agent": "shufflenet-jax"})
-    content = bytearray()
+    content, began = bytearray(), time.monotonic()
     with urllib.request.urlopen(request, timeout=seconds) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
         bar: progress.Bar = progress.SilentBar()
         if description:
             bar = progress.bar(total=size or None, unit="B", scaled=True, description=description)
         with bar:
-            while max(size, len(content)) <= LARGEST_DOWNLOAD and (part := answer.read(CHUNK)):
+            while max(size, len(content)) <= LARGEST_DOWNLOAD and (part := answer.read1(CHUNK)):
                 content += part
+                if time.monotonic() - began > 2 * seconds + len(content) / SLOWEST:
+                    raise OSError(f"it is too slow: {len(content):,} bytes in {time.monotonic() - began:.0f} seconds")
                 bar.update(len(part))
     if max(size, len(content)) > LARGEST_DOWNLOAD:
         raise OSError(f"it has more than {LARGEST_DOWNLOAD:,} bytes")

@@ -3,12 +3,16 @@
 import contextlib
 import http.server
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Sends the files of a folder: below /cut/ half of each, as a connection that breaks down would."""
+    """Sends the files of a folder: below /cut/ half of each, as a connection that breaks down would.
+
+    Below /slow/ it sends a byte now and then.
+    """
 
     def do_GET(self):
         with contextlib.suppress(ConnectionError):  # Who asked may have had enough.
@@ -16,6 +20,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def _answer(self):
         self.server.asked.append(self.path)
+        if self.path.startswith("/slow/"):
+            return self._drip()
         if not self.path.startswith("/cut/"):
             return super().do_GET()
         content = (Path(self.directory) / self.path.removeprefix("/cut/")).read_bytes()
@@ -23,6 +29,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", len(content))
         self.end_headers()
         self.wfile.write(content[: len(content) // 2])
+
+    def _drip(self):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(100):
+            self.wfile.write(b"x")
+            time.sleep(0.05)
 
     def log_message(self, *_):
         pass

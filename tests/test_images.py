@@ -190,6 +190,11 @@ def test_a_server_that_is_silent_or_not_there_is_given_up(listening, model, monk
     assert message.endswith("check the address")
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(model, address, monkeypatch):
+    monkeypatch.setattr(images, "SILENT_SECONDS", 0.2)
+    assert "cannot be fetched: it is too slow: " in one_line(model, f"{address}/slow/a.jpg")
+
+
 PIXELS = np.zeros((8, 9, 3), np.uint8)
 
 
