@@ -1,11 +1,10 @@
 """Backbones: which feature maps `out_indices` mean, what they are, and a network without the layers behind them."""
 
 import operator
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from .architecture import LEVELS
-from .errors import InputError
+from .errors import InputError, Unchecked
 from .model import ShuffleNetV2, variable_shapes
 from .shapes import Variables
 
@@ -42,7 +41,7 @@ class FeatureInfo(tuple[FeatureMap, ...]):
         return [level.name for level in self]
 
 
-def resolve_levels(out_indices: Iterable[int] | None) -> tuple[str, ...]:
+def resolve_levels(out_indices: Unchecked) -> tuple[str, ...]:
     """Return the names of the feature maps that indices mean.
 
     Args:

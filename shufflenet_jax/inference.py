@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, overload
+from typing import Any, Literal, NotRequired, SupportsIndex, TypedDict, overload
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ class Model:
         info = dataclasses.replace(self.info, dropout=float(self.module.dropout))
         save_model(out, info, self.variables, overwrite=overwrite)
 
-    def class_name(self, label: int) -> str:
+    def class_name(self, label: SupportsIndex) -> str:
         """Return a class's name for people: ImageNet's by a short name, others as in their data, or the label.
 
         Args:
@@ -181,7 +181,7 @@ class Model:
         return class_name(self.info.classes, label)
 
     def class_activation_map(
-        self, conv5: Float[Array, "height width channels"], label: int
+        self, conv5: Float[Array, "height width channels"], label: SupportsIndex
     ) -> Float[Array, "height width"]:
         """Show where a class is visible: the share of each place in its logit (Zhou et al., CVPR 2016).
 

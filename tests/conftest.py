@@ -38,10 +38,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from shufflenet_jax import checkpoint, published
 from shufflenet_jax.architecture import TABLES
 from shufflenet_jax.commands.console import run
-from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
+from shufflenet_jax.config import DIGITS_EVAL, ModelInfo, Preprocess, TrainConfig
 from shufflenet_jax.files import hash_of
-from shufflenet_jax.model import variable_shapes
+from shufflenet_jax.model import ShuffleNetV2, variable_shapes
 from shufflenet_jax.porting import dialects
+
+# Users set the fields of these. They check them by themselves, with a message of one line.
+for kind in (ModelInfo, Preprocess, ShuffleNetV2, TrainConfig):
+    kind.__init__.__no_type_check__ = True
 
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
 

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageCms, ImageOps
 
 import shufflenet_jax as snet
+from shufflenet_jax.checkpoint import module_of
 from shufflenet_jax.config import MMPRETRAIN_EVAL, TORCHVISION_EVAL, ModelInfo
 from shufflenet_jax.data import augmentation, decoding, geometry, survey
 from shufflenet_jax.data.sources import Example, Source
@@ -160,7 +161,7 @@ def odd_jpeg(data, rng, settings):
 def model(decoder):
     """A Model that only prepares images."""
     info = ModelInfo(width=0.5, layout="torchvision", num_classes=10, preprocess=EVALS[decoder])
-    return snet.Model(None, None, info)
+    return snet.Model(module_of(info), {}, info)
 
 
 def opened(data):

@@ -276,7 +276,6 @@ def test_commands_compile_in_memory_where_the_cache_takes_nothing(tmp_path):
     [
         ("onnx", export.main, ("NET", "--format", "onnx", "--out", "OUT")),
         ("ai_edge_litert", export.main, ("NET", "--format", "tflite", "--out", "OUT")),
-        ("safetensors", export.main, ("NET", "--format", "safetensors", "--out", "OUT")),
         ("matplotlib", predict.main, ("IMAGE", "--checkpoint", "NET", "--save-picture", "OUT")),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

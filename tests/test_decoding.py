@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import shufflenet_jax as snet
+from shufflenet_jax.checkpoint import module_of
 from shufflenet_jax.config import DIGITS_EVAL, ModelInfo
 from shufflenet_jax.data import decoding
 from shufflenet_jax.data.jpeg import orientation_in
@@ -240,9 +241,8 @@ def test_damaged_pillow_images_are_named(tmp_path):
 
 
 def test_networks_for_grey_images_take_pillow_images_of_every_mode():
-    model = snet.Model(
-        None, None, ModelInfo(width=0.5, layout="torchvision", num_classes=10, in_chans=1, preprocess=DIGITS_EVAL)
-    )
+    info = ModelInfo(width=0.5, layout="torchvision", num_classes=10, in_chans=1, preprocess=DIGITS_EVAL)
+    model = snet.Model(module_of(info), {}, info)
     for image in (SMOOTH.convert("YCbCr"), in_mode(SMOOTH, "LA"), SMOOTH.convert("L")):
         # Colors were rounded twice on the way.
         assert_allclose(model.preprocess(image).astype(int), model.preprocess(GREY), rtol=0, atol=2)

@@ -57,10 +57,11 @@ def test_batches_are_fed_in_order_and_ahead_of_their_use():
 @pytest.mark.parametrize("rows", [1, 7, 12])
 def test_an_eval_step_adds_up_over_devices_and_returns_rows_in_order(count, rows):
     def step(factor, batch):
-        return batch["mask"].sum(), factor * batch["labels"]
+        return {"images": batch["mask"].sum()}, factor["factor"] * batch["labels"]
 
     batch = {"labels": np.arange(1, rows + 1), "mask": np.ones(rows, np.float32)}
     devices = jax.devices()[:count]
-    total, labels = parallel.map_eval_step(step, devices)(parallel.replicate(jnp.int32(2), devices), batch)
-    assert np.asarray(total) == rows, "padding is masked out"
+    variables = parallel.replicate({"factor": jnp.int32(2)}, devices)
+    sums, labels = parallel.map_eval_step(step, devices)(variables, batch)
+    assert np.asarray(sums["images"]) == rows, "padding is masked out"
     assert_array_equal(np.asarray(labels).reshape(-1)[:rows], 2 * batch["labels"])

@@ -308,7 +308,8 @@ def test_a_report_is_one_page_without_outside_resources(report, ten_classes, ref
 def test_a_single_image_that_is_right_makes_a_page_too(ten_classes):
     model = Model(*load_model(ten_classes[0]))
     rows = Predictions(np.array([2]), np.eye(10)[[2]], np.array(["0.png"]))
-    text = make_report(rows, model, None, title="one", command="")
+    source = open_source(str(ten_classes[1]), classes=model.info.classes)
+    text = make_report(rows, model, source, title="one", command="")
     loss = -log_softmax(np.eye(10)[2])[2]
     assert re.search(rf'id="loss">{loss:.4f}</strong>\s*<span>mean over the images, in nats</span>', text)
     assert "mistakes" not in re.sub(r"<style>.*</style>", "", text, flags=re.S) and "confused" not in text

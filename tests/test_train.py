@@ -486,7 +486,7 @@ def test_a_run_that_is_not_finite_names_its_last_checkpoint_and_without_one_may_
 
 def test_a_last_batch_too_small_for_batch_statistics_is_refused_before_anything_is_written(tmp_path, refused):
     argv = ("--config", "digits", "--image-size", 8, "--bn-group-size", 2)
-    assert "change batch_size" in refused(train.main, *argv, "--workdir", tmp_path / "run")
+    assert "change --batch-size" in refused(train.main, *argv, "--workdir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -499,12 +499,14 @@ def test_groups_that_do_not_divide_a_batch_are_refused(tmp_path, refused):
 
 def test_training_names_a_damaged_image_once_and_stops_at_too_many(caplog):
     config = TrainConfig(data="x", max_damaged=0.05)
-    batches = [{"labels": 1, "damaged": np.array(["", name])} for name in ("a is cut", "a is cut", "", "b is cut")]
+    labels = np.ones(2, int)
+    names = ("a is cut", "a is cut", "", "b is cut")
+    batches = [{"labels": labels, "damaged": np.array(["", name])} for name in names]
     passed = loop.without_damage(batches, config, examples=40)
-    assert list(passed) == [{"labels": 1}] * 4
+    assert [list(batch) for batch in passed] == [["labels"]] * 4
     assert caplog.text.count("a is cut") == 1
     assert caplog.messages[-1] == "b is cut; another one takes its place" and caplog.records[-1].levelname == "WARNING"
-    batches = [{"labels": 1, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
+    batches = [{"labels": labels, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
     with pytest.raises(InputError, match="3 of 40 training images are damaged"):
         list(loop.without_damage(batches, config, examples=40))
 

@@ -92,7 +92,7 @@ def _facts(info: ModelInfo, stated: Statements) -> dict[str, Any]:
         "top-1": f"{stated.top1} %" if stated.top1 is not None else None,
         "top-5": f"{stated.top5} %" if stated.top5 is not None else None,
         "measured on": stated.data,
-        "made from": info.source.get("file") or info.source.get("config", {}).get("data"),
+        "source": info.source.get("file") or info.source.get("config", {}).get("data"),
         "began with": info.source.get("config", {}).get("init_from"),
         "licence": stated.licence,
         "sha256 of the variables": info.sha256,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int8, Int32
+from jaxtyping import Float, Float32, Int8, Int32, Num
 
 LEVELS = 255  # Steps of an activation in 8 bits.
 BINS = 2048
@@ -111,11 +111,11 @@ def calibrate(
     return {name: ranges[group] for name, group in group_of.items() if group in ranges}
 
 
-def best_range(counts: Int[np.ndarray, " bins"], least: float, largest: float) -> tuple[float, float]:
+def best_range(counts: Num[np.ndarray, " bins"], least: float, largest: float) -> tuple[float, float]:
     """Return the range within a histogram's range whose 8 bits have the least squared error.
 
     Args:
-      counts: int (bins,), the histogram.
+      counts: (bins,), the histogram.
       least: start of its range.
       largest: end of its range.
     """
