@@ -505,7 +505,7 @@ def test_training_names_a_damaged_image_once_and_stops_at_too_many(caplog):
     passed = loop.without_damage(batches, config, examples=40)
     assert [list(batch) for batch in passed] == [["labels"]] * 4
     assert caplog.text.count("a is cut") == 1
-    assert caplog.messages[-1] == "b is cut; another one takes its place" and caplog.records[-1].levelname == "WARNING"
+    assert caplog.messages[-1] == "b is cut; another image replaces it" and caplog.records[-1].levelname == "WARNING"
     batches = [{"labels": labels, "damaged": np.array([f"{name} is cut"])} for name in "abc"]
     with pytest.raises(InputError, match="3 of 40 training images are damaged"):
         list(loop.without_damage(batches, config, examples=40))

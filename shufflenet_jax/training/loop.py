@@ -135,7 +135,7 @@ class Ending(NamedTuple):
 
 
 def train(
-    config: Unchecked, workdir: str | Path, *, changed_data: bool = False, profile: str | Path | None = None
+    config: Unchecked, workdir: Unchecked, *, changed_data: bool = False, profile: str | Path | None = None
 ) -> TrainResult:
     """Train a network in a workdir, or continue the training in it.
 
