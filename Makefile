@@ -12,9 +12,10 @@ NEWEST ?= $(firstword $(foreach minor,14 13 12,$(if $(shell python3.$(minor) -c 
 NEWEST_VENV := .venv-newest
 DOCS_VENV := .venv-docs
 # The files of tests that need no package of an extra; one test imports every module, also those that need PyTorch.
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	augment backbone compatibility config data decoding files hub images installation jpeg nnx parallel parquet survey \
-	transformations workdir)) \
+CORE_TESTS := $(addprefix tests/,$(addsuffix .py,\
+	data/test_augmentation test_backbone test_compatibility test_config data/test_sources data/test_decoding \
+	test_files test_hub test_images test_installation data/test_jpeg test_nnx test_parallel \
+	preparation/test_parquet data/test_survey test_transformations training/test_workdir)) \
 	--deselect tests/test_transformations.py::test_importing_the_package_changes_no_setting_of_the_process
 
 .PHONY: demo test test-newest prove lint docs audit constraints clean

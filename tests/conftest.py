@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("real_data"):
                 item.add_marker(pytest.mark.skip(reason=reason))
     # The long files first, so that no process has one left when the others are done.
-    items.sort(key=lambda item: item.path.stem not in {"test_hosts", "test_porting", "test_train", "test_training"})
+    items.sort(key=lambda item: item.path.stem not in {"test_hosts", "test_convert", "test_loop", "test_step"})
 
 
 @pytest.fixture(scope="session")

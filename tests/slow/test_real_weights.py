@@ -5,8 +5,8 @@ import os
 import pytest
 from conftest import figures_of
 from numpy.testing import assert_allclose
-from test_prepare import read_all, tar_of
-from test_training import Step, assert_same_to, real_steps  # noqa: F401
+from preparation.test_dataset import read_all, tar_of
+from training.test_step import Step, assert_same_to, real_steps  # noqa: F401
 
 from shufflenet_jax.commands import evaluate, from_torch, prepare
 

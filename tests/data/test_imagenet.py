@@ -12,7 +12,7 @@ import torch
 from conftest import figures_of, lively_network
 from numpy.testing import assert_allclose
 from PIL import Image
-from test_prepare import write_tfrecords
+from preparation.test_dataset import write_tfrecords
 
 from shufflenet_jax.commands import evaluate, from_torch, prepare, verify
 from shufflenet_jax.data.sources import open_source, tfds_directory

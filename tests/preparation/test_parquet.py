@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
+from preparation.test_dataset import files_of, jpeg, read_all, result_of
 from pyarrow import parquet
-from test_prepare import files_of, jpeg, read_all, result_of
 
 from shufflenet_jax.commands import prepare
 from shufflenet_jax.data.labels import imagenet_classes

@@ -5,6 +5,7 @@ import resource
 import signal
 
 import pytest
+
 from faults import harness
 from faults.cases import Case
 
