@@ -212,7 +212,7 @@ def save_readers_things(root):
     shutil.copy(root / entry.file, root / "OTHER")
     # For benchmarks, which know nothing of small networks.
     torch.save(lively_network("torchvision", 1.0, 1000).state_dict(), root / "FILE.pth")
-    for name in ("VAL650", "TRAIN201"):
+    for name in ("VAL650", "TRAIN201", "IMAGENET"):
         shutil.copytree(root / "FOLDER", root / name)
     (root / "docs").mkdir()
 
