@@ -121,7 +121,15 @@ class Worker:
 
 
 class NotStartable(Exception):
-    """The system starts no program with an argument that holds a null byte."""
+    """The system starts no program with an argument that holds a null byte or cannot be encoded."""
+
+
+def _can_be_passed(word):
+    """Whether a program can be started with an argument."""
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
 
 
 def in_a_process(folder, *, seconds=STARTING + SECONDS):
@@ -129,7 +137,7 @@ def in_a_process(folder, *, seconds=STARTING + SECONDS):
     folder.mkdir(parents=True, exist_ok=True)
 
     def run(argv, cwd):
-        if any("\0" in str(word) for word in argv):
+        if not all(map(_can_be_passed, argv)):
             raise NotStartable
         began = time.monotonic()
         stdout, stderr = folder / "stdout", folder / "stderr"
