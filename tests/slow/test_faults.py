@@ -36,5 +36,6 @@ def test_the_case_that_is_named_keeps_the_rule(tmp_path, capsys):
     with harness.Run(tmp_path / "run", SEED) as run:
         finding = run.finding(int(os.environ["CASE"]))
     with capsys.disabled():
-        print(f"\n{finding}\n{finding.answer.stdout}{finding.answer.stderr}status {finding.answer.status}")
+        shown = f"\n{finding}\n{finding.answer.stdout}{finding.answer.stderr}status {finding.answer.status}"
+        print(shown.encode(errors="backslashreplace").decode())  # Arguments may be no text.
     assert not finding.faults
