@@ -4,8 +4,8 @@ import os
 
 import image_files
 import pytest
+from share import SHARE
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 # Pillow 13 announces that it will read this format no longer.
 pytestmark = pytest.mark.filterwarnings("ignore:IM image format is deprecated:DeprecationWarning")

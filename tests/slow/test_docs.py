@@ -1,12 +1,10 @@
 """The pages of docs, followed as `tests/test_docs.py` follows README: in shares those that start benchmarks."""
 
-import os
-
 import pages
 import pytest
 from pages import reader, things  # noqa: F401
+from share import SHARE
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SHORT = [page.stem for page in pages.PAGES if page.parent.name == "docs" and page.stem not in pages.LONG]
 FOLLOWED = [*SHORT, *pages.LONG[: max(1, round(len(pages.LONG) * SHARE))]]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from share import SHARE
 
 from shufflenet_jax.config import MMPRETRAIN_EVAL
 from shufflenet_jax.data import geometry
@@ -17,7 +18,6 @@ from shufflenet_jax.data.sources import open_source
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
 WEIGHTS = SHARED / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 COUNTS = {"imagenet-val227": (466, 592), "imagenet-original": (161, 189)}
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real images and weights at {SHARED}")

@@ -4,10 +4,10 @@ import os
 
 import pytest
 from faults import harness
+from share import SHARE
 
 from shufflenet_jax.data.workers import usable_cores
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 # What is damaged on purpose is warned of here; the commands run in processes of their own.
 pytestmark = pytest.mark.filterwarnings("default")

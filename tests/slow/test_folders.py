@@ -4,8 +4,8 @@ import os
 
 import pytest
 import random_trees
+from share import SHARE
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 CASES = max(1, round(500 * SHARE))
 

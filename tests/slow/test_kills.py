@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from share import SHARE
 
 ROOT = Path(__file__).parents[2]
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 TRAINING = (
     *("--config", "digits", "--image-size", "16", "--epochs", "4", "--eval-every", "1", "--log-every", "10"),
     *("--mixup", "0.2", "--ema-decay", "0.9", "--dropout", "0.1"),

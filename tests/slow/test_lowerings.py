@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from share import SHARE
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SHUFFLENET_JAX_SHARED", ROOT.parent / "shared" / "data"))
 WEIGHTS = SHARED / "weights/shufflenet_v2_x1_0_mmpretrain.pth"
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 COUNTS = {"imagenet-original": (161, 189), "imagenet-val227": (466, 592)}
 CASES = [(lowering, data) for data in COUNTS for lowering in ("reference", "cpu")]
 

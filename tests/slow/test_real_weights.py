@@ -1,17 +1,15 @@
 """Real weights on real images, where the short tests take fewer images or another lowering."""
 
-import os
-
 import pytest
 from conftest import figures_of
 from numpy.testing import assert_allclose
 from preparation.test_dataset import read_all, tar_of
+from share import in_full
 from training.test_step import Step, assert_same_to, real_steps  # noqa: F401
 
 from shufflenet_jax.commands import evaluate, from_torch, prepare
 
 pytestmark = pytest.mark.real_data
-in_full = pytest.mark.skipif(float(os.environ.get("SHARE", "1")) < 1, reason="SHARE asks for a part of the long tests")
 
 
 def test_the_official_tar_gives_the_reference_counts(shared, card_at_hand, tmp_path, call):

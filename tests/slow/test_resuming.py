@@ -1,13 +1,12 @@
 """All changes to data, settings and workdirs of tests/workdir_changes.py."""
 
-import os
 from pathlib import Path
 
 import pytest
 import workdir_changes
+from share import SHARE
 from small_training import few_units
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SHOWN = list(workdir_changes.CHANGES)[:: max(1, round(1 / SHARE))]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from share import SHARE
 
 ROOT = Path(__file__).parents[2]
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 MINUTES = 45 * SHARE
 IMAGES = {"train": 4096, "test": 1024}
 EVERY = 5  # Seconds between two looks at the process.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import figures_of
 from random_tables import DIALECTS, assert_network_is_pytorchs, random_table
+from share import SHARE
 
 from shufflenet_jax import __main__
 from shufflenet_jax.architecture import Table
@@ -14,7 +15,6 @@ from shufflenet_jax.commands.console import run
 from shufflenet_jax.loading import load_model
 from shufflenet_jax.porting import dialects
 
-SHARE = float(os.environ.get("SHARE", "1"))  # Of the tests that shall run.
 SEED = int(os.environ.get("SEED", "2026"))
 
 
