@@ -3,7 +3,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from page_checks import READABILITY
 from PIL import Image
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import precision_recall_fscore_support
@@ -20,34 +20,20 @@ from shufflenet_jax.config import MEGVII_EVAL, TORCHVISION_EVAL_LARGE
 from shufflenet_jax.data.sources import open_source
 from shufflenet_jax.evaluation.predictions import Predictions, read_predictions
 from shufflenet_jax.evaluation.report import in_words, make_report, summarise
+from shufflenet_jax.exports import browser
 from shufflenet_jax.inference import Model
 from shufflenet_jax.loading import load_model
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = browser.find()
 # Run inside the page: what sticks out, texts and shapes whose contrast is below WCAG's AA, what no key reaches.
-CHECKS = """
+CHECKS = (
+    """
 <script>
 addEventListener("load", () => {
   document.querySelectorAll("details").forEach((d) => { d.open = true; });
-  const numbers = (color) => (color.match(/[0-9.]+/g) || []).map(Number);
-  const light = (color) => {
-    const [r, g, b] = numbers(color).slice(0, 3).map((v) => v / 255)
-      .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const color = getComputedStyle(e).backgroundColor, parts = numbers(color);
-      if (parts.length === 3 || parts[3] === 1) return color;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  const written = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-  const texts = [...document.querySelectorAll("body :not(script):not(title)")].filter(written);
-  const contrast = (...colors) => {
-    const [a, b] = colors.map(light);
-    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  };
+"""
+    + READABILITY
+    + """  const texts = [...document.querySelectorAll("body :not(script):not(title)")].filter(written);
   const faint = texts.filter((e) => {
     const style = getComputedStyle(e);
     return contrast(e.ownerSVGElement ? style.fill : style.color, ground(e)) < 4.5;
@@ -75,6 +61,7 @@ addEventListener("load", () => {
 });
 </script>
 """
+)
 # A window is never narrower than 500 pixels; a frame may be.
 FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <script>addEventListener("message", (event) => { document.documentElement.dataset.found = event.data; });</script>

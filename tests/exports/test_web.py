@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from page_checks import READABILITY
 from PIL import Image
 from serving import serving
 
@@ -176,7 +177,8 @@ def picture(name):
 
 
 # Run inside the page, with a result as it would be: what sticks out, faint texts, what no key reaches.
-CHECKS = """
+CHECKS = (
+    """
 <script type="module">
 window.shufflenet.ready.catch(() => {}).then(() => setTimeout(() => {
   document.getElementById("choose").disabled = false;
@@ -186,25 +188,9 @@ window.shufflenet.ready.catch(() => {}).then(() => setTimeout(() => {
     '</span><span>99.9 %</span></div><div class="track"><div style="width: 50%"></div></div></li></ol>' +
     '<p class="time">31 ms</p><p class="wrong">This is no picture</p>';
   document.getElementById("results").append(item);
-  const numbers = (color) => (color.match(/[0-9.]+/g) || []).map(Number);
-  const light = (color) => {
-    const [r, g, b] = numbers(color).slice(0, 3).map((v) => v / 255)
-      .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const color = getComputedStyle(e).backgroundColor, parts = numbers(color);
-      if (parts.length === 3 || parts[3] === 1) return color;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  const contrast = (...colors) => {
-    const [a, b] = colors.map(light);
-    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  };
-  const written = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-  const texts = [...document.querySelectorAll("body :not(script):not(noscript)")].filter(written);
+"""
+    + READABILITY
+    + """  const texts = [...document.querySelectorAll("body :not(script):not(noscript)")].filter(written);
   const faint = texts.filter((e) => contrast(getComputedStyle(e).color, ground(e)) < 4.5).map((e) => e.outerHTML);
   const outside = (e) => e.getBoundingClientRect().right > innerWidth + 0.5;
   const wide = [...document.querySelectorAll("body *")].filter(outside);
@@ -220,6 +206,7 @@ window.shufflenet.ready.catch(() => {}).then(() => setTimeout(() => {
 }));
 </script>
 """
+)
 # A window is never narrower than 500 pixels; a frame may be.
 FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <script>addEventListener("message", (event) => { document.documentElement.dataset.seen = event.data; });</script>
