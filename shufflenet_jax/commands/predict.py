@@ -147,21 +147,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       InputError: they are wrong.
     """
     parser = CommandLine(prog=program_of("predict"), description=DESCRIPTION)
-    told = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help=told)
+    help_text = "files, folders (with all below them), http(s) addresses, or - for a list of these on stdin, one a line"
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=help_text)
     parser.add_argument("--checkpoint", default=CARD, help=f"{CHECKPOINT} (default: {CARD})")
     parser.add_argument("--topk", type=positive_integer, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
-    told = "also write the classes of all images there, as CSV or as JSON lines"
-    parser.add_argument("--out", metavar="FILE.csv|FILE.jsonl", type=Path, help=told)
-    told = f"draw the images with their classes there, the first {MOST_DRAWN} of them"
-    parser.add_argument("--save-picture", metavar="OUT.png", type=Path, help=told)
-    told = "overlay where the network sees the first class (its class-activation map) in the picture"
-    parser.add_argument("--cam", action="store_true", help=told)
-    told = "write {name, features} of all images there instead of predicting"
-    parser.add_argument("--features", metavar="OUT.npz", type=Path, help=told)
-    told = "of which layer: pooled is (C,) for each image, the others are (H, W, C) (default: pooled)"
-    parser.add_argument("--layer", choices=FEATURES, default="pooled", help=told)
+    help_text = "also write the classes of all images there, as CSV or as JSON lines"
+    parser.add_argument("--out", metavar="FILE.csv|FILE.jsonl", type=Path, help=help_text)
+    help_text = f"draw the images with their classes there, the first {MOST_DRAWN} of them"
+    parser.add_argument("--save-picture", metavar="OUT.png", type=Path, help=help_text)
+    help_text = "overlay where the network sees the first class (its class-activation map) in the picture"
+    parser.add_argument("--cam", action="store_true", help=help_text)
+    help_text = "write {name, features} of all images there instead of predicting"
+    parser.add_argument("--features", metavar="OUT.npz", type=Path, help=help_text)
+    help_text = "of which layer: pooled is (C,) for each image, the others are (H, W, C) (default: pooled)"
+    parser.add_argument("--layer", choices=FEATURES, default="pooled", help=help_text)
     options = parser.parse_args(argv)
     if options.cam and not options.save_picture:
         raise InputError("--cam draws into a picture; add --save-picture OUT.png")

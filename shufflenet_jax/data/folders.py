@@ -198,8 +198,8 @@ def _notes_on_guess(
     if lists or split in trees or any(map(_is_split_name, trees)):
         return ()
     inside = some(sorted(next(iter(trees.values())).folders))
-    told = f"taken for splits of {tree.path}: {some(list(trees))}, since all hold the same folders: {inside}"
-    return (Note(logging.WARNING, told),)
+    message = f"taken for splits of {tree.path}: {some(list(trees))}, since all hold the same folders: {inside}"
+    return (Note(logging.WARNING, message),)
 
 
 def _unwrap(name: str, tree: Tree) -> Tree:
@@ -302,8 +302,8 @@ class _Splits:
         """Return a warning if train lacks some of the classes."""
         known = self._names("train") if "train" in self.trees else set()
         lacking = [name for name in classes if known and name not in known]
-        told = f"train in {self.place} lacks classes of other splits: {some(lacking)}"
-        return (Note(logging.WARNING, told),) if lacking else ()
+        message = f"train in {self.place} lacks classes of other splits: {some(lacking)}"
+        return (Note(logging.WARNING, message),) if lacking else ()
 
     def _flat_labels(self, split: str) -> dict[str, str] | None:
         """Return {image: class} of a split without class folders, or None unless ImageNet's labels are available."""
@@ -404,7 +404,7 @@ def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> In
     chosen: set[str] = set().union(*(hold_out(found, val_share) for found in names.values()))
     if not chosen:
         raise InputError(f"{path} has no splits, and no class has two images, of which one could be held out; add more")
-    told = (
+    message = (
         f"no splits in {path}: held out {len(chosen):,} of {len(entries):,} images "
         f"({100 * len(chosen) / len(entries):.0f} %) as val by a hash of class and file name; classes: {some(classes)}"
     )
@@ -414,7 +414,7 @@ def _open_flat(path: Path, tree: Tree, val_share: float, skipped: Skipped) -> In
         return Part(part, classes, classes, len(classes), Skipped())
 
     splits = {split: partial(read, split) for split in ("train", "val")}
-    return Inventory(str(path), splits, skipped=skipped, notes=(Note(logging.INFO, told),))
+    return Inventory(str(path), splits, skipped=skipped, notes=(Note(logging.INFO, message),))
 
 
 def _open_loose(path: Path, chain: list[Tree]) -> Inventory:
